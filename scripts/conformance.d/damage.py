@@ -1,0 +1,201 @@
+"""Damage: bytes that are not what was frozen never run.
+
+Everything here happens in a home of its own with one stored snapshot. Replicas are restored with --no-wait, so that no
+oracle can come to the rescue, and this file looks at their memory itself.
+"""
+
+import contextlib
+import mmap
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+from harness import (
+    DONE,
+    REFUSED,
+    SERVES,
+    WARM,
+    Failed,
+    Hotstart,
+    answers,
+    check,
+    eventually,
+    expect,
+    one_line,
+    right,
+    tiny,
+)
+
+SEED, BLOCK_BYTES = 2026, 32 << 20  # the tiny worker's memory
+INSIDE_THE_BLOCK = 16 << 20
+
+
+def victim(bench):
+    """A Hotstart with one stored snapshot, `v`, that has been restored once; and a copy of its home."""
+
+    def make():
+        hs = Hotstart(bench.hs.command, bench.work / "victim/home", bench.work / "victim/run", bench.cwd, bench.marker)
+        hs.ok("snapshot", "create", "v", *SERVES, *WARM, "--wait-stored", *tiny())
+        replica = hs.json("restore", "v", "--publish", "0")["replicas"][0]
+        right(replica["address"])
+        hs.forget(replica["name"])
+        shutil.copytree(hs.home, bench.work / "victim/good", symlinks=True)
+        return hs
+
+    return bench.shared("the snapshot to be damaged", make)
+
+
+def one_of_each_kind(folder):
+    """The largest file of each kind: digests and numbers in a path do not make a kind."""
+    kinds = {}
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.is_symlink() and p.stat().st_size):
+        kind = re.sub(r"[0-9a-f]{8,}|\d+", "*", str(path.relative_to(folder)))
+        kinds[kind] = max(kinds.get(kind, path), path, key=lambda p: p.stat().st_size)
+    return sorted(kinds.values())
+
+
+def place_to_flip(path):
+    """Where the worker's block lies in the file, if it does; else a byte near the middle that is not zero."""
+    pattern = random.Random(SEED).randbytes(BLOCK_BYTES)[INSIDE_THE_BLOCK : INSIDE_THE_BLOCK + 64]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if (found := data.find(pattern)) >= 0:
+            return found
+        middle = len(data) // 2
+        return next((at for at in [*range(middle, len(data)), *range(middle)] if data[at]), middle)
+
+
+def flip(path):
+    at = place_to_flip(path)
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@contextlib.contextmanager
+def damaged(bench, hs, path, how):
+    """Damage one file, the time of its last change kept; at the end everything is as it was."""
+    times = path.stat()
+    how(path)
+    if path.exists():
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    try:
+        yield
+    finally:
+        hs.forget_all()
+        heal(bench, hs)
+
+
+def heal(bench, hs):
+    """Bring back the good bytes of all files that differ, in place where possible."""
+    good = bench.work / "victim/good"
+    for original in (p for p in good.rglob("*") if p.is_file()):
+        copy = hs.home / original.relative_to(good)
+        if not copy.exists() or copy.read_bytes() != original.read_bytes():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(original, copy)
+
+
+def restores_rightly(hs):
+    """Restore without an oracle: True if a right replica runs, False if refused; anything else fails."""
+    done = hs("restore", "v", "--no-wait", "--publish", "0", "--json")
+    if done.code == DONE:
+        address = done.json()["replicas"][0]["address"]
+        expect(eventually(lambda: answers(address), 5), f"restore exited 0 and nothing answers at {address}")
+        right(address)
+        return True
+    expect(done.code == REFUSED, f"{done}, neither 4 nor a right replica")
+    one_line(done)
+    expect(not [each for each in hs.ps() if each["snapshot"] == "v"], "it was refused and is in ps")
+    return False
+
+
+def harmed_and_seen(bench, place, how, also=None):
+    """Damage one file of each kind in turn; return in words each that was not dealt with as promised."""
+    hs, wrong = victim(bench), []
+    for path in one_of_each_kind(hs.home / place):
+        said = []
+        with damaged(bench, hs, path, how):
+            bad = path.read_bytes() if path.exists() else None
+            verified = hs("snapshot", "verify", "v")
+            still = (path.read_bytes() if path.exists() else None) == bad
+            if verified.code == DONE and still:
+                said.append("verify passes it")
+            elif verified.code not in (DONE, REFUSED):
+                said.append(f"verify: {verified}")
+            for attempt in (lambda: restores_rightly(hs), lambda: repairs(hs)):
+                try:
+                    attempt()
+                except Failed as failure:
+                    said.append(str(failure))
+        if said:
+            wrong.append(f"{path.relative_to(hs.home)}: {' and '.join(said)}")
+    return wrong
+
+
+def repairs(hs):
+    """After --repair says that all is well, all is well; else it says 4."""
+    repair = hs("snapshot", "verify", "v", "--repair")
+    if repair.code == DONE:
+        after = hs("snapshot", "verify", "v")
+        expect(after.code == DONE, f"--repair exited 0, and then {after}")
+    else:
+        expect(repair.code == REFUSED, str(repair))
+        one_line(repair)
+
+
+def damage(place, how, words):
+    @check(f"{words} in the {place} is found by verify and never runs")
+    def _(bench):
+        wrong = harmed_and_seen(bench, place, how)
+        expect(not wrong, "; ".join(wrong))
+        expect(restores_rightly(victim(bench)), "with its good bytes back it is still refused")
+        victim(bench).forget_all()
+
+
+damage("store", flip, "one flipped byte in a file of each kind")
+damage("cache", flip, "one flipped byte in a file of each kind")
+damage("store", truncate, "a truncated file of each kind")
+damage("cache", truncate, "a truncated file of each kind")
+damage("store", os.unlink, "a missing file of each kind")
+
+
+@check("a snapshot that is damaged in both places is refused with exit code 4 by everything")
+def _(bench):
+    hs = victim(bench)
+    try:
+        for place in ("store", "cache"):
+            for path in (p for p in (hs.home / place).rglob("*") if p.is_file() and p.stat().st_size >= 1 << 20):
+                flip(path)
+        hs.refuses(REFUSED, "snapshot", "verify", "v")
+        hs.refuses(REFUSED, "restore", "v", "--publish", "0")
+        hs.refuses(REFUSED, "restore", "v", "--publish", "0", "--no-wait", "--replicas", "2")
+        hs.refuses(REFUSED, "snapshot", "verify", "v", "--repair")
+        expect(hs.ps() == [], f"ps: {hs.ps()}")
+    finally:
+        hs.forget_all()
+        heal(bench, hs)
+
+
+@check("a cache that was lost is made again from the store, and a store that was lost is told")
+def _(bench):
+    hs = victim(bench)
+    try:
+        shutil.rmtree(hs.home / "cache")
+        expect(restores_rightly(hs), "refused, though the store is good")
+        hs.forget_all()
+        shutil.rmtree(hs.home / "cache")
+        for path in (p for p in (hs.home / "store").rglob("*") if p.is_file() and p.stat().st_size >= 1 << 20):
+            path.unlink()
+        hs.refuses(REFUSED, "restore", "v", "--publish", "0")
+        hs.refuses(REFUSED, "snapshot", "verify", "v")
+    finally:
+        hs.forget_all()
+        heal(bench, hs)

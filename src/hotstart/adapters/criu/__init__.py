@@ -1,0 +1,1 @@
+"""CRIU, run as a separate program."""

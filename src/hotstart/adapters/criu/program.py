@@ -1,0 +1,79 @@
+"""Finding CRIU, the commands that dump and restore, and what its log says when it fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from hotstart.errors import MachineLacks
+
+OLDEST = (4, 2)  # 4.1.1 cannot dump a TCP listener on kernel 6.16 and later (criu issue 2718)
+# The worker's stdout and stderr at restore; far above what CRIU or a worker's shell has open.
+LOG_FD = 1023
+# What dump and restore must agree on. Established connections are dropped: the peers are not here.
+_SHARED_OPTIONS = ("--tcp-close", "--file-locks", "--ext-unix-sk", "--link-remap", "--manage-cgroups=ignore")
+
+
+class Criu:
+    """One CRIU executable."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def version(self) -> tuple[int, ...]:
+        """Version as numbers. Raises MachineLacks if the program does not run."""
+        try:
+            said = subprocess.run([self.path, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise MachineLacks(f"CRIU at {self.path} does not run ({e}): run scripts/install-criu") from e
+        match = re.search(r"Version: (\d+)\.(\d+)(?:\.(\d+))?", said)
+        if not match:
+            raise MachineLacks(f"{self.path} does not say which CRIU it is: run scripts/install-criu")
+        return tuple(int(part) for part in match.groups(default="0"))
+
+    def check_version(self) -> tuple[int, ...]:
+        """Return the version. Raises MachineLacks if it is too old to be relied on."""
+        version = self.version()
+        if version < OLDEST:
+            found = ".".join(map(str, version))
+            raise MachineLacks(f"CRIU {found} at {self.path} is too old, 4.2 or later is needed: run scripts/install-criu")
+        return version
+
+    def dump_command(self, root_pid: int, images_fd: int, hook: str) -> list[str]:
+        """Dump the tree below `root_pid` (as seen inside) and leave it running; `hook` runs while it is frozen."""
+        return [
+            self.path, "dump", "--tree", str(root_pid), "--images-dir", f"/proc/self/fd/{images_fd}",
+            "--log-file", "dump.log", "-v2", "--leave-running", "--action-script", hook, *_SHARED_OPTIONS,
+        ]  # fmt: skip
+
+    def restore_command(self, images_fd: int, work_fd: int, log_pipe: str) -> list[str]:
+        """Restore a tree and end; `log_pipe` is what /proc/PID/fd/1 was at the dump ('pipe:[123]')."""
+        return [
+            self.path, "restore", "--restore-detached", "--images-dir", f"/proc/self/fd/{images_fd}",
+            "--work-dir", f"/proc/self/fd/{work_fd}", "--log-file", "restore.log", "-v1",
+            "--inherit-fd", f"fd[{LOG_FD}]:{log_pipe}", *_SHARED_OPTIONS,
+        ]  # fmt: skip
+
+
+def find_criu() -> Criu:
+    """CRIU by HOTSTART_CRIU, of this installation (scripts/install-criu), or on PATH. Raises MachineLacks."""
+    ours = os.path.join(sys.prefix, "libexec", "hotstart", "criu")
+    for candidate in (os.environ.get("HOTSTART_CRIU"), ours, shutil.which("criu")):
+        if candidate and os.access(candidate, os.X_OK):
+            return Criu(os.path.realpath(candidate))
+    raise MachineLacks("no CRIU found: run scripts/install-criu")
+
+
+def why_it_failed(log_path: str) -> str:
+    """First error in a CRIU log, shortened; a plain sentence if there is none."""
+    try:
+        with open(log_path, encoding="utf-8", errors="replace") as f:
+            errors = [line for line in f if "Error (" in line]
+    except OSError:
+        errors = []
+    if not errors:
+        return "CRIU failed without saying why"
+    return re.sub(r"^\(\d+\.\d+\)\s*(\d+:)?\s*Error \([^)]*\):\s*", "", errors[0]).strip()[:300]

@@ -1,0 +1,1 @@
+"""The Linux kernel: processes, namespaces, memory, page cache, control groups."""

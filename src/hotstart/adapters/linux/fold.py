@@ -1,0 +1,108 @@
+"""Drives hotstart-fold: freeze a tree, lay its memory out, copy, map back; `release` or exact undo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from types import TracebackType
+from typing import IO
+
+from hotstart.adapters.linux.native import native_program
+from hotstart.errors import FoldRefused
+from hotstart.snapshot.capture import FoldedProcess
+from hotstart.snapshot.layout import Layout, lay_out, parse_smaps
+
+
+class Fold:
+    """A fold under way: a context manager that undoes everything unless `release` was called.
+
+    The processes stand still from construction until release or exit.
+    """
+
+    def __init__(self, root_pid: int, folder: str, inside: str, threads: int) -> None:
+        """Freeze the tree below `root_pid`. Raises FoldRefused if it cannot be frozen."""
+        self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._program = subprocess.Popen(
+            [native_program("hotstart-fold"), str(root_pid), str(self._folder_fd), inside, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(self._folder_fd,),
+            start_new_session=True,  # an interrupt of the terminal must not hit it in the middle: end of file undoes
+        )
+        assert self._program.stdin is not None
+        assert self._program.stdout is not None
+        self._orders: IO[bytes] = self._program.stdin
+        self._answers: IO[bytes] = self._program.stdout
+        try:
+            self.pids = [int(line.split()[1]) for line in self._until("frozen") if line.startswith("process")]
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> Fold:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._orders.close()
+        self._program.wait()
+        self._answers.close()
+        os.close(self._folder_fd)
+
+    def map_memory(self, name_of: Callable[[int], str]) -> list[FoldedProcess]:
+        """Copy and map every process's memory; `name_of(i)` names the memory file of the i-th process.
+
+        Raises FoldRefused, with all processes as they were, for example when the disk is full.
+        """
+        layouts = {pid: _read_layout(pid) for pid in self.pids}
+        names = {pid: name_of(i) for i, pid in enumerate(self.pids)}
+        orders = []
+        for pid, layout in layouts.items():
+            if not layout.placed:
+                continue
+            orders.append(f"process {pid} {names[pid]} {layout.size_bytes:x}\n")
+            orders += [
+                f"area {p.area.start:x} {p.area.end:x} {p.offset:x} {p.protection_bits:x} {int(p.whole)} {p.advice}\n"
+                for p in layout.placed
+            ]
+        try:
+            self._orders.write("".join([*orders, "go\n"]).encode())
+            self._orders.flush()
+        except BrokenPipeError:
+            pass  # it refused and left; its reason is the next thing to read
+        copied = dict(map(int, line.split()[1:]) for line in self._until("folded") if line.startswith("copied"))
+        return [
+            FoldedProcess(_inner_pid(pid), names[pid] if layout.placed else None, layout, copied.get(pid, 0))
+            for pid, layout in layouts.items()
+        ]
+
+    def release(self) -> None:
+        """Free the old memory and let every process go on."""
+        self._orders.write(b"release\n")
+        self._orders.flush()
+        for _ in self._until("released"):
+            pass
+
+    def _until(self, last: str) -> list[str]:
+        lines: list[str] = []
+        for raw in self._answers:
+            line = raw.decode().strip()
+            if line == last:
+                return lines
+            if line.startswith("refused"):
+                raise FoldRefused(line.partition(" ")[2])
+            lines.append(line)
+        raise FoldRefused("the fold program ended unexpectedly")
+
+
+def _read_layout(pid: int) -> Layout:
+    with open(f"/proc/{pid}/smaps", "rb") as f:
+        return lay_out(parse_smaps(f.read()))
+
+
+def _inner_pid(pid: int) -> int:
+    with open(f"/proc/{pid}/status", "rb") as f:
+        for line in f:
+            if line.startswith(b"NSpid:"):
+                return int(line.split()[-1])
+    return pid

@@ -1,0 +1,112 @@
+"""Facts about this machine and about files that processes need."""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+from collections.abc import Iterable
+from functools import cache
+
+from hotstart.restore.plan import FileFact
+from hotstart.snapshot.manifest import HostFingerprint, NeededFile
+from hotstart.snapshot.worker import PRIVATE_FOLDERS
+
+
+@cache
+def _cpu_features() -> tuple[str, ...]:
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        for line in f:
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return tuple(sorted(value.split()))
+    return ()
+
+
+def host_fingerprint(criu: tuple[int, ...]) -> HostFingerprint:
+    """Describe this machine as far as a restored process depends on it."""
+    uname = os.uname()
+    libc = os.confstr("CS_GNU_LIBC_VERSION") or platform.libc_ver()[0]
+    return HostFingerprint(uname.machine, uname.release, _cpu_features(), libc, ".".join(map(str, criu)))
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had without swapping (MemAvailable)."""
+    with open("/proc/meminfo", encoding="ascii") as f:
+        for line in f:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def is_private(path: str, host_folders: Iterable[str]) -> bool:
+    """Say whether a path inside a sandbox lies in its private folders and not in one of the host's below them."""
+    if any(path == f or path.startswith(f"{f}/") for f in host_folders):
+        return False
+    return any(path == f or path.startswith(f"{f}/") for f in PRIVATE_FOLDERS)
+
+
+def needed_files(pids: Iterable[int], host_folders: tuple[str, ...]) -> tuple[NeededFile, ...]:
+    """List the host's regular files that processes have mapped or open, without those that belong to the sandbox."""
+    paths: set[str] = set()
+    root = ""
+    for pid in pids:
+        root = f"/proc/{pid}/root"
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as f:
+            paths |= {line[73:-1] for line in f if line[73:74] == "/"}
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            paths.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    needs = []
+    for path in sorted(paths):
+        if not path.startswith("/") or path.endswith(" (deleted)") or is_private(path, host_folders):
+            continue
+        try:
+            st = os.stat(root + path)
+        except OSError:
+            continue
+        if stat.S_ISREG(st.st_mode) and not path.startswith(("/proc/", "/sys/", "/dev/")):
+            needs.append(NeededFile(path, st.st_size, st.st_mtime_ns))
+    return tuple(needs)
+
+
+def file_facts(needs: Iterable[NeededFile]) -> dict[str, FileFact | None]:
+    """Look at files again; whether one is ELF is asked only where it matters."""
+    facts: dict[str, FileFact | None] = {}
+    for need in needs:
+        try:
+            st = os.stat(need.path)
+            changed = (st.st_size, st.st_mtime_ns) != (need.size_bytes, need.mtime_ns)
+            facts[need.path] = FileFact(st.st_size, st.st_mtime_ns, changed and _is_elf(need.path))
+        except OSError:
+            facts[need.path] = None
+    return facts
+
+
+def _is_elf(path: str) -> bool:
+    with open(path, "rb") as f:
+        return f.read(4) == b"\x7fELF"
+
+
+def host_folders_below_private(cwd: str, command: tuple[str, ...], programs: Iterable[str]) -> tuple[str, ...]:
+    """List what a worker would miss because a private folder hides it: its working directory, its files, our programs.
+
+    A file is shown by its folder, a virtual environment whole; a file that lies directly in /tmp by itself.
+    """
+    found: list[str] = []
+    for path in (cwd, *command, *programs):
+        path = os.path.normpath(os.path.join(cwd, path))
+        if not is_private(path, found) or path in PRIVATE_FOLDERS or not os.path.exists(path):
+            continue
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        if os.path.basename(folder) in ("bin", "hotstart", "libexec") and (env := _environment_of(folder)):
+            folder = env
+        found.append(path if folder in PRIVATE_FOLDERS else folder)
+    return tuple(dict.fromkeys(found))
+
+
+def _environment_of(folder: str) -> str | None:
+    for _ in range(3):
+        if os.path.exists(os.path.join(folder, "pyvenv.cfg")):
+            return folder
+        folder = os.path.dirname(folder)
+    return None

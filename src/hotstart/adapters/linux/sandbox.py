@@ -1,0 +1,178 @@
+"""Sandboxes made by hotstart-init: starting one, following what it reports, reaching ports inside."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+
+from hotstart.adapters.linux.native import native_program
+from hotstart.adapters.linux.procfs import start_ticks
+from hotstart.errors import HotstartError, MachineLacks
+from hotstart.snapshot.sandbox import SandboxSpec
+
+
+class LinuxSandbox:
+    """A sandbox that this process started. It dies with this process until `commit`."""
+
+    def __init__(self, spec: SandboxSpec) -> None:
+        """Start hotstart-init; every descriptor is opened here, so errors of paths are ours to name."""
+        self.events: dict[str, float] = {}
+        self.init_pid = 0
+        self._reason = ""
+        self._pending = b""
+        opened: list[int] = []
+
+        def passed(fd: int) -> int:
+            opened.append(fd)
+            return fd
+
+        status_read, status_write = os.pipe()
+        life_read, self._lifeline = os.pipe()
+        passed(status_write)
+        passed(life_read)
+        door = listen_unix(spec.door_path)
+        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        argv = [native_program("hotstart-init"), "-s", str(status_write), "-l", str(life_read), "-d", str(door.fileno())]
+        argv += ["-o", str(passed(os.open(spec.log_path, append, 0o644)))]
+        argv += ["-x", str(passed(os.open(spec.result_path, append | os.O_TRUNC, 0o644)))]
+        argv += ["-h", spec.hostname, "-c", spec.cwd, "-p", str(spec.root_pid)]
+        for bind in spec.binds:
+            argv += ["-b", f"{bind.source}:{bind.target}{':rw' if bind.writable else ''}"]
+        for source, target in spec.copies:
+            argv += ["-k", f"{source}:{target}"]
+        if spec.file_pack:
+            argv += ["-u", str(passed(os.open(spec.file_pack, os.O_RDONLY)))]
+        for cgroup in spec.cgroups:
+            argv += ["-g", str(passed(os.open(os.path.join(cgroup, "cgroup.procs"), os.O_WRONLY)))]
+        for listener, port in spec.listeners:
+            argv += ["-f", f"{listener.fileno()}:{port}"]
+        if spec.restored_log_fd is not None:
+            argv += ["-r", str(spec.restored_log_fd)]
+        for fd in spec.keep_fds:
+            argv += ["-K", str(fd)]
+        fds = (*opened, door.fileno(), *(s.fileno() for s, _ in spec.listeners), *spec.keep_fds)
+        self._starter = subprocess.Popen(
+            [*argv, "--", *spec.program],
+            env=dict(spec.environment),
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for fd in opened:
+            os.close(fd)
+        door.close()
+        self._status = status_read
+
+    def wait_for(self, event: str, timeout_s: float) -> None:
+        """Wait for init to report an event. Raises HotstartError with init's own reason."""
+        deadline = time.monotonic() + timeout_s
+        while event not in self.events:
+            if not select.select([self._status], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise HotstartError(f"the sandbox did not report {event!r} within {timeout_s:g} s")
+            data = os.read(self._status, 4096)
+            if not data:
+                raise _failure(self._reason or "its first process ended unexpectedly")
+            self._take(data)
+        self._starter.wait()
+
+    def _take(self, data: bytes) -> None:
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            name, clock, detail = line.decode(errors="replace").split(" ", 2)
+            self.events[name] = float(clock)
+            if name == "init":
+                self.init_pid = int(detail)
+            elif name in ("error", "failed", "exit"):
+                self._reason = f"{name} {detail}".strip()
+                if name != "exit":
+                    raise _failure(self._reason)
+
+    def commit(self) -> None:
+        """Let it outlive this process."""
+        os.write(self._lifeline, b"c")
+        self._close()
+
+    def kill(self) -> None:
+        """End every process in it and wait until they are gone."""
+        if not self.init_pid:
+            with suppress(HotstartError):
+                self.wait_for("init", 5)
+        if self.init_pid:
+            kill_init(self.init_pid, start_ticks(self.init_pid))
+        self._close()
+        self._starter.wait()
+
+    def alive(self) -> bool:
+        """Say whether its first process runs."""
+        return bool(self.init_pid) and start_ticks(self.init_pid) is not None
+
+    def _close(self) -> None:
+        for name in ("_status", "_lifeline"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                os.close(fd)
+            setattr(self, name, -1)
+
+
+class LinuxSandboxes:
+    """Starts sandboxes on this machine."""
+
+    def start(self, spec: SandboxSpec) -> LinuxSandbox:
+        """Start one; returns at once, `wait_for` tells how far it is."""
+        return LinuxSandbox(spec)
+
+
+def _failure(reason: str) -> HotstartError:
+    if "namespaces: Operation not permitted" in reason:
+        return MachineLacks("making namespaces is not permitted: run as root, or see `hotstart doctor`")
+    return HotstartError(f"the sandbox failed: {reason}")
+
+
+def kill_init(pid: int, ticks: int | None, timeout_s: float = 10.0) -> None:
+    """End a sandbox through its first process, and wait until the kernel has ended all the others."""
+    if ticks is None or start_ticks(pid) != ticks:
+        return
+    with suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            if start_ticks(pid) == ticks:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                # Readable once the whole namespace has been emptied: a namespace's first process is the last to end.
+                if not select.select([fd], [], [], timeout_s)[0]:
+                    raise HotstartError(f"process {pid} does not end")
+        finally:
+            os.close(fd)
+
+
+def listen_unix(path: str) -> socket.socket:
+    """Listen on a unix socket at a path of any length (sun_path holds 108 bytes: go through the folder's descriptor)."""
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
+    try:
+        s = socket.socket(socket.AF_UNIX)
+        s.bind(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+        s.listen(1024)
+    finally:
+        os.close(folder)
+    return s
+
+
+def dial(door_path: str, port: int, timeout_s: float | None = None) -> socket.socket:
+    """Connect to a port inside a sandbox. Raises OSError if its door is gone; a closed port shows as an early end of file."""
+    folder = os.open(os.path.dirname(door_path), os.O_PATH | os.O_DIRECTORY)
+    s = socket.socket(socket.AF_UNIX)
+    try:
+        s.settimeout(timeout_s)
+        s.connect(f"/proc/self/fd/{folder}/{os.path.basename(door_path)}")
+        s.sendall(port.to_bytes(2, "big"))
+    except BaseException:
+        s.close()
+        raise
+    finally:
+        os.close(folder)
+    return s

@@ -1,0 +1,303 @@
+"""Taking a snapshot: run or find the worker, warm it up, capture it, try it once, store it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import hotstart
+from hotstart.adapters.criu.dumper import CriuDumper
+from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter_command
+from hotstart.adapters.linux.host import host_fingerprint, needed_files
+from hotstart.adapters.linux.pagecache import populate
+from hotstart.adapters.linux.procfs import memory_bytes, tree
+from hotstart.api.starting import StartingWorker, write_identity
+from hotstart.errors import BadUsage, HotstartError
+from hotstart.snapshot.capture import Captured, Source, capture
+from hotstart.snapshot.codec import encode
+from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process, RecordedRestore
+from hotstart.snapshot.warmup import Answer, Oracle, Request
+from hotstart.snapshot.worker import WorkerSpec
+from hotstart.store.local import LocalSnapshot, PartialSnapshot, Progress, describe_file, no_progress
+
+if TYPE_CHECKING:
+    from hotstart.adapters.linux.runfolder import SandboxState
+    from hotstart.api.core import Hotstart
+
+_WARMUP_TIMEOUT_S = 600.0
+REGIONS = "regions.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotOptions:
+    """How a snapshot is taken.
+
+    `warmup` requests are sent first, the last one's answer is the oracle. `fold=False` dumps plainly, as CRIU alone does.
+    """
+
+    warmup: Sequence[Request] = ()
+    oracle_ignore: tuple[str, ...] = ()
+    keep: bool = False
+    fold: bool = True
+    wait_stored: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTaken:
+    """Seconds since the snapshot was asked for: worker ready and warm, restorable here, everything done; and how long it stood.
+
+    `stored_bytes` is what it added to the store, None until it is packed; `fold_refused` why memory is not mapped, if so.
+    """
+
+    snapshot: str
+    digest: str
+    logical_bytes: int
+    stored_bytes: int | None
+    frozen_s: float
+    ready_s: float
+    usable_s: float
+    total_s: float
+    fold_refused: str | None
+
+
+class Progressing:
+    """What a caller wants to hear while a snapshot is taken."""
+
+    def stage(self, name: str) -> None:
+        """Say what begins."""
+
+    def measured(self, total_bytes: int) -> Progress:
+        """Say that so many bytes are about to be worked through; the result is told how many were."""
+        return no_progress
+
+
+def take_snapshot(
+    hotstart_: Hotstart, name: str, source: str | WorkerSpec, options: SnapshotOptions, asked: float, progressing: Progressing
+) -> SnapshotTaken:
+    """Checkpoint the running worker named `source`, or run that worker and checkpoint it once it is warm.
+
+    Raises HotstartError, with nothing left of a half-made snapshot and a running source as it was.
+    """
+    hotstart_.require_privileges()
+    hotstart_.sweep()
+    hotstart_.require_free_snapshot_name(name)
+    hotstart_.criu()
+    with ExitStack() as stack:
+        partial = stack.enter_context(hotstart_.snapshots.begin(name))
+        if isinstance(source, str):
+            folder, state = hotstart_.find(source)
+            if not state.alive():
+                raise BadUsage(f"{source} has ended: `hotstart rm {source}`, then run it again")
+            starting = None
+        else:
+            progressing.stage("starting the worker")
+            starting = stack.enter_context(StartingWorker(hotstart_, source, "worker", hotstart_.folders.claim(name), None))
+            starting.launch()
+            progressing.stage("waiting until it is ready")
+            hotstart_.wait_ready(starting)
+            folder, state = starting.folder, starting.state()
+        oracle = _warm_up(hotstart_, folder.door, state, options, progressing)
+        _require_room(hotstart_, state)
+        ready = time.monotonic()
+        progressing.stage("capturing")
+        local, captured = _capture(hotstart_, partial, name, state, oracle, options)
+        usable = time.monotonic()
+        hotstart_.keep_kdat(state.init_pid)
+        try:
+            local = _try_and_record(hotstart_, local, progressing)
+        except BaseException:
+            hotstart_.snapshots.remove(name)
+            raise
+        write_identity(state.init_pid, state.name, "worker")
+        if starting and options.keep:
+            starting.settle()
+        elif not starting and not options.keep:
+            hotstart_.remove(state.name, force=True)
+    tried = time.monotonic()
+    stored = None
+    if options.wait_stored:
+        progressing.stage("storing")
+        stored = store_snapshot(hotstart_, name, progressing)
+    return SnapshotTaken(
+        snapshot=name,
+        digest=local.digest(),
+        logical_bytes=local.manifest.logical_bytes,
+        stored_bytes=stored,
+        frozen_s=captured.thawed_at - captured.frozen_at,
+        ready_s=ready - asked,
+        usable_s=usable - asked,
+        total_s=tried - asked,
+        fold_refused=captured.refused,
+    )
+
+
+def store_snapshot(hotstart_: Hotstart, name: str, progressing: Progressing) -> int:
+    """Publish a local snapshot to the store; returns the bytes that it added. One that a killed command left undigested, too."""
+    from hotstart.store.published import publish
+
+    local = hotstart_.snapshots.open(name)
+    if not local.digested:
+        local.digest_memory(populate, progressing.measured(_data_bytes(local.manifest)))
+    return publish(local, hotstart_.store, progressing.measured(_data_bytes(local.manifest)))
+
+
+def _data_bytes(manifest: Manifest) -> int:
+    return sum(m.data_bytes for m in manifest.memory) + sum(f.size_bytes for f in manifest.files)
+
+
+def _warm_up(
+    hotstart_: Hotstart, door: str, state: SandboxState, options: SnapshotOptions, progressing: Progressing
+) -> Oracle | None:
+    if not options.warmup:
+        return None
+    if state.worker.port is None:
+        raise BadUsage("--warmup needs --port, the port that the worker listens on inside")
+    progressing.stage("warming up")
+    answer = Answer(0, b"")
+    for number, request in enumerate(options.warmup, 1):
+        answer = hotstart_.asker.ask(door, state.worker.port, request, _WARMUP_TIMEOUT_S)
+        if answer.status >= 400:
+            said = answer.body[:200].decode(errors="replace").strip()
+            raise HotstartError(f"warm-up request {number} ({request.method} {request.path}) was answered {answer.status}: {said}")
+    return Oracle(options.warmup[-1], answer, options.oracle_ignore)
+
+
+def _require_room(hotstart_: Hotstart, state: SandboxState) -> None:
+    """Fail before anything is frozen if the memory will not fit on the disk."""
+    needed = sum(m.get("Anonymous", 0) + m.get("Swap", 0) for m in map(memory_bytes, tree(state.host_root_pid())))
+    st = os.statvfs(hotstart_.snapshots.memory_root)
+    free = st.f_bavail * st.f_frsize
+    if free < needed:
+        raise HotstartError(
+            f"no room in {hotstart_.home}: the worker's memory is {needed >> 20} MiB, {free >> 20} MiB are free; "
+            "free some space or set HOTSTART_HOME"
+        )
+
+
+def _capture(
+    hotstart_: Hotstart, partial: PartialSnapshot, name: str, state: SandboxState, oracle: Oracle | None, options: SnapshotOptions
+) -> tuple[LocalSnapshot, Captured]:
+    root_pid = state.host_root_pid()
+    pids = tree(root_pid)
+    _require_whole_tree(state.init_pid, root_pid)
+    host_folders = (*state.worker.visible, *state.worker.writable)
+    needs = needed_files(pids, host_folders)
+    logical = sum(memory_bytes(pid).get("Rss", 0) for pid in pids)
+    generation = os.urandom(4).hex()
+    memory_folder = os.path.join(hotstart_.snapshots.memory_root, state.memory_id)
+    processes = {_inner_pid(pid): _process(pid) for pid in pids}
+    captured = capture(
+        Source(state.init_pid, root_pid, memory_folder, state.memory_id, generation),
+        partial.folder,
+        fold=options.fold,
+        freezer=LinuxFreezer(),
+        dumper=CriuDumper(hotstart_.criu(), enter_command, state.root_pid, (partial.lock_fd,)),
+        packer=LinuxFilePacker(),
+        clock=time.monotonic,
+    )
+    memory = [
+        MemoryFile(f"{state.memory_id}/{p.memory_file}", p.layout.size_bytes, p.layout.data_end, p.copied_bytes, "")
+        for p in captured.folded
+        if p.memory_file
+    ]
+    memory += _older_memory(hotstart_, state, captured)
+    by_pid = {p.pid: p for p in captured.folded}
+    _write_regions(os.path.join(partial.folder, REGIONS), captured)
+    manifest = Manifest(
+        name=name,
+        created_unix_s=int(time.time()),
+        hotstart=hotstart.__version__,
+        worker=state.worker,
+        host=host_fingerprint(hotstart_.criu_version()),
+        root_pid=state.root_pid,
+        log_pipe=captured.log_pipe,
+        processes=tuple(
+            replace(
+                process,
+                memory_file=f"{state.memory_id}/{by_pid[pid].memory_file}" if pid in by_pid and by_pid[pid].memory_file else None,
+                strategy="mapped" if pid in by_pid else "copied",
+            )
+            for pid, process in processes.items()
+        ),
+        files=_describe_all(partial.folder),
+        memory=tuple(memory),
+        needs=needs,
+        logical_bytes=logical,
+        oracle=oracle,
+    )
+    return partial.publish(manifest), captured
+
+
+def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) -> list[MemoryFile]:
+    """Memory files of the snapshot that this worker is a replica of, and of earlier captures, that are still mapped."""
+    mapped = {k.area.path.rpartition("/mem/")[2] for p in captured.folded for k in p.layout.kept if "/mem/" in k.area.path}
+    if not mapped:
+        return []
+    known = {m.name: m for name in hotstart_.snapshots.names() for m in hotstart_.snapshots.open(name).manifest.memory}
+    missing = mapped - known.keys()
+    if missing:
+        raise HotstartError(f"{state.name} has mapped memory of a snapshot that was removed: restore it again from one that exists")
+    return [replace(known[name], index="") for name in sorted(mapped)]
+
+
+def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, progressing: Progressing) -> LocalSnapshot:
+    """Digest the memory, then restore once: what is kept is known to work, and how long it takes."""
+    progressing.stage("digesting")
+    local.digest_memory(populate, progressing.measured(_data_bytes(local.manifest)))
+    progressing.stage("trying it")
+    (replica,) = hotstart_.restore(local.manifest.name)
+    hotstart_.remove(replica.name, force=True)
+    receipt = replica.receipt
+    local.manifest = replace(local.manifest, recorded=RecordedRestore(receipt.resumed_s, receipt.first_answer_s))
+    local.save()
+    return local
+
+
+def _require_whole_tree(init_pid: int, root_pid: int) -> None:
+    outside = [pid for pid in tree(init_pid)[1:] if pid not in tree(root_pid)]
+    if outside:
+        raise HotstartError(f"process {outside[0]} of the worker is not below its root: it cannot be checkpointed with it")
+
+
+def _inner_pid(pid: int) -> int:
+    with open(f"/proc/{pid}/status", "rb") as f:
+        return int(next(line for line in f if line.startswith(b"NSpid:")).split()[-1])
+
+
+def _process(pid: int) -> Process:
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as f:
+        name = f.read().strip()
+    return Process(_inner_pid(pid), name, len(os.listdir(f"/proc/{pid}/task")), None, "copied")
+
+
+def _describe_all(folder: str) -> tuple[File, ...]:
+    found = []
+    for parent, _, names in os.walk(folder):
+        for file in sorted(names):
+            path = os.path.relpath(os.path.join(parent, file), folder)
+            if not path.endswith(".log"):
+                found.append(describe_file(folder, path))
+    return tuple(found)
+
+
+def _write_regions(path: str, captured: Captured) -> None:
+    """Write where each area went and why, for `snapshot inspect --memory`."""
+    regions = {
+        str(p.pid): [
+            *(_region(a.area.start, a.area.end, a.area.protection, a.area.path, f"mapped at {a.offset:#x}") for a in p.layout.placed),
+            *(_region(k.area.start, k.area.end, k.area.protection, k.area.path, k.reason) for k in p.layout.kept),
+        ]
+        for p in captured.folded
+    }
+    with open(path, "wb") as f:
+        f.write(encode({pid: sorted(areas, key=lambda a: int(a["start"], 16)) for pid, areas in regions.items()}))
+
+
+def _region(start: int, end: int, protection: str, path: str, why: str) -> dict[str, str]:
+    return {"start": f"{start:x}", "end": f"{end:x}", "protection": protection, "path": path, "why": why}
+
+

@@ -1,0 +1,337 @@
+"""class Hotstart: workers, snapshots and replicas of one machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from hotstart.adapters.ask import DoorAsker
+from hotstart.adapters.criu.program import Criu, find_criu
+from hotstart.adapters.linux.cgroups import remove_cgroups
+from hotstart.adapters.linux.procfs import memory_bytes, tree
+from hotstart.adapters.linux.runfolder import RunFolder, RunFolders, SandboxState
+from hotstart.adapters.linux.sandbox import kill_init
+from hotstart.api.ports import Publish
+from hotstart.api.restoring import KDAT, RestoringReplicas, Started
+from hotstart.api.starting import StartingWorker, last_words
+from hotstart.errors import BadUsage, Damaged, HotstartError, MachineLacks, NotFound, Refused
+from hotstart.restore.plan import NodeFacts, Plan, make_plan
+from hotstart.snapshot.manifest import Manifest
+from hotstart.snapshot.warmup import Request
+from hotstart.snapshot.worker import SUPPORT_FOLDER, WorkerSpec, check_name
+from hotstart.store.directory import DirectoryStore
+from hotstart.store.local import LocalSnapshot, LocalSnapshots, Progress, no_progress
+
+DEFAULT_HOME = "/var/lib/hotstart"
+DEFAULT_RUN = "/run/hotstart"
+_READY_POLL_S = 0.01
+_STOP_GRACE_S = 10.0
+
+
+class Hotstart:
+    """Workers, snapshots and replicas of one machine.
+
+    `home` keeps snapshots, `run` what must not outlive a boot. Needs root. `clock_start` is when the caller's own request began
+    (CLOCK_MONOTONIC seconds), so that receipts tell the whole truth; by default each call's own beginning.
+    """
+
+    def __init__(self, home: str | None = None, run: str | None = None, clock_start: float | None = None) -> None:
+        self.home = os.path.abspath(home or os.environ.get("HOTSTART_HOME") or DEFAULT_HOME)
+        self.run_root = os.path.abspath(run or os.environ.get("HOTSTART_RUN") or DEFAULT_RUN)
+        self.folders = RunFolders(self.run_root)
+        self.snapshots = LocalSnapshots(self.home)
+        self.store = DirectoryStore(os.path.join(self.home, "store"))
+        self.asker = DoorAsker()
+        self._clock_start = clock_start
+        self._criu: Criu | None = None
+
+    # ---- workers
+
+    def run(
+        self,
+        name: str,
+        worker: WorkerSpec,
+        publish: Publish | None = None,
+        on_progress: Callable[[str], None] = lambda _: None,
+    ) -> SandboxState:
+        """Start a worker; return once it has started, and is ready if it has a readiness URL.
+
+        Raises HotstartError if it ends or does not become ready; then nothing of it is left.
+        """
+        check_name(name, "worker")
+        self.require_privileges()
+        self.sweep()
+        with StartingWorker(self, worker, "worker", self.folders.claim(name), publish) as starting:
+            starting.launch()
+            if worker.ready_url:
+                on_progress("waiting until it is ready")
+                self.wait_ready(starting)
+            starting.identify()
+            return starting.settle()
+
+    def wait_ready(self, starting: StartingWorker) -> None:
+        """Wait until a worker is ready. Raises HotstartError if it ends before, or takes too long."""
+        worker = starting.worker
+        deadline = time.monotonic() + worker.ready_timeout_s
+        while not self._is_ready(starting):
+            status = starting.ended()
+            if status is not None:
+                raise HotstartError(f"the worker ended with exit status {status} before it was ready; {last_words(starting.log_path)}")
+            if time.monotonic() > deadline:
+                raise HotstartError(
+                    f"the worker was not ready after {worker.ready_timeout_s:g} s (--ready-timeout); {last_words(starting.log_path)}"
+                )
+            time.sleep(_READY_POLL_S)
+
+    def _is_ready(self, starting: StartingWorker) -> bool:
+        worker = starting.worker
+        if os.path.exists(f"/proc/{starting.sandbox.init_pid}/root{SUPPORT_FOLDER}/ready"):
+            return True
+        if worker.ready_url:
+            url = urlsplit(worker.ready_url)
+            path = (url.path or "/") + (f"?{url.query}" if url.query else "")
+            with suppress(HotstartError):
+                request = Request("GET", path, {"host": url.netloc})
+                return 200 <= self.asker.ask(starting.folder.door, url.port or 80, request, 5.0).status < 300
+            return False
+        if worker.port:
+            with suppress(HotstartError):
+                self.asker.wait_port(starting.folder.door, worker.port, 0)
+                return True
+        return False
+
+    def ps(self) -> list[tuple[RunFolder, SandboxState]]:
+        """List every worker and replica, running or ended."""
+        self.sweep()
+        return list(self.folders.all())
+
+    def find(self, name: str) -> tuple[RunFolder, SandboxState]:
+        """Find a worker or replica. Raises NotFound."""
+        check_name(name, "worker or replica")
+        return self.folders.open(name)
+
+    def stop(self, name: str, grace_s: float = _STOP_GRACE_S) -> None:
+        """Ask a worker to end (SIGTERM), and end it after a grace period. One that has ended is fine."""
+        _, state = self.find(name)
+        if state.alive():
+            with suppress(ProcessLookupError):
+                os.kill(state.init_pid, signal.SIGTERM)
+            deadline = time.monotonic() + grace_s
+            while state.alive() and time.monotonic() < deadline:
+                time.sleep(0.005)
+            kill_init(state.init_pid, state.init_ticks)
+        remove_cgroups(state.cgroups)
+
+    def remove(self, name: str, *, force: bool = False) -> None:
+        """Forget a worker that has ended, its log included. Raises BadUsage if it runs, unless forced."""
+        folder, state = self.find(name)
+        if state.alive():
+            if not force:
+                raise BadUsage(f"{name} is running: `hotstart stop {name}` first, or `hotstart rm --force {name}`")
+            self.stop(name, grace_s=0)
+        with suppress(FileNotFoundError):
+            os.unlink(state.log_path)
+        folder.remove()
+        self.sweep()
+
+    # ---- snapshots
+
+    def require_free_snapshot_name(self, name: str) -> None:
+        """Raise BadUsage if a snapshot has the name."""
+        from hotstart.store.published import published_names
+
+        check_name(name, "snapshot")
+        if name in self.snapshots.names() or name in published_names(self.store):
+            raise BadUsage(f"there is a snapshot {name} already: names are immutable, choose another or remove it")
+
+    def local_snapshot(self, name: str, progress: Progress = no_progress, note: Callable[[str], None] = lambda _: None) -> LocalSnapshot:
+        """Return a snapshot that can be restored from here, laid out from the store if need be, checked against its seals.
+
+        A damaged local copy is replaced by the store's, if that is good. Raises NotFound, Refused.
+        """
+        from hotstart.store.published import materialise, published_names
+
+        check_name(name, "snapshot")
+        try:
+            snapshot = self.snapshots.open(name)
+            snapshot.check()
+            return snapshot
+        except NotFound:
+            return materialise(name, self.store, self.snapshots, progress)
+        except Damaged as e:
+            if name not in published_names(self.store):
+                raise
+            note(f"{e}; taking the store's copy")
+            return self.repair(name, progress)
+
+    def repair(self, name: str, progress: Progress = no_progress) -> LocalSnapshot:
+        """Replace the local copy of a snapshot by the store's, which is verified first. Raises Damaged if that is bad too."""
+        from hotstart.store.published import find_published, materialise, verify_published
+
+        verify_published(self.store, name, progress)
+        manifest = find_published(self.store, name).manifest
+        self.snapshots.remove(name)
+        for memory in manifest.memory:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.snapshots.memory_root, memory.name))
+        return materialise(name, self.store, self.snapshots, progress)
+
+    def manifest(self, name: str) -> Manifest:
+        """Return a snapshot's manifest, from here or from the store. Raises NotFound, Refused."""
+        from hotstart.store.published import find_published
+
+        check_name(name, "snapshot")
+        try:
+            return self.snapshots.open(name).manifest
+        except NotFound:
+            return find_published(self.store, name).manifest
+
+    def remove_snapshot(self, name: str) -> None:
+        """Remove a snapshot here and in the store. Replicas go on. Raises NotFound."""
+        from hotstart.store.published import published_names, unpublish
+
+        check_name(name, "snapshot")
+        if name not in self.snapshots.names() and name not in published_names(self.store):
+            raise NotFound(f"no snapshot {name}: `hotstart snapshot ls` lists them")
+        unpublish(self.store, name)
+        self.snapshots.remove(name)
+        self.sweep()
+
+    # ---- replicas
+
+    def plan(self, name: str) -> Plan:
+        """Say what a restore of a snapshot would do here."""
+        manifest = self.manifest(name)
+        return make_plan(manifest, self.node_facts(manifest))
+
+    def node_facts(self, manifest: Manifest, *, with_residency: bool = True) -> NodeFacts:
+        """Gather what a plan needs to know of this machine."""
+        from hotstart.adapters.linux.host import file_facts, free_memory_bytes, host_fingerprint
+        from hotstart.adapters.linux.node import read_bandwidth
+
+        resident: dict[str, int | None] = {}
+        if with_residency:
+            from hotstart.adapters.linux.pagecache import resident_bytes
+
+            for memory in manifest.memory:
+                with suppress(OSError):
+                    resident[memory.name] = resident_bytes(os.path.join(self.snapshots.memory_root, memory.name))
+        return NodeFacts(
+            host=host_fingerprint(self.criu_version()),
+            free_memory_bytes=free_memory_bytes(),
+            read_bandwidth=read_bandwidth(self.home),
+            resident=resident,
+            files=file_facts(manifest.needs),
+            local=manifest.name in self.snapshots.names(),
+        )
+
+    def restore(
+        self,
+        snapshot: str,
+        replicas: int = 1,
+        name: str | None = None,
+        publish: Publish | None = None,
+        *,
+        wait: bool = True,
+        note: Callable[[str], None] = lambda _: None,
+        progress: Progress = no_progress,
+        marks: dict[str, float] | None = None,
+    ) -> list[Started]:
+        """Start replicas of a snapshot, all at once; return when each has answered as the warm worker did.
+
+        Without an oracle, or with wait=False, a replica that accepts connections is enough. Raises Refused if the snapshot cannot
+        run here or a replica answers otherwise, NotFound, BadUsage (a name or port that is taken), HotstartError. On any error
+        none of them is left.
+        """
+        points = {"asked": self._clock_start if self._clock_start is not None else time.monotonic(), **(marks or {})}
+        self._clock_start = None
+        if replicas < 1:
+            raise BadUsage("--replicas needs 1 or more")
+        if name is not None:
+            check_name(name, "replica")
+        self.require_privileges()
+        self.sweep()
+        local = self.local_snapshot(snapshot, progress, note)
+        plan = make_plan(local.manifest, self.node_facts(local.manifest))
+        if plan.refusals:
+            raise Refused(f"snapshot {snapshot} cannot be restored here: {'; '.join(plan.refusals)}")
+        points["checked"] = time.monotonic()
+        with RestoringReplicas(self, local, plan, wait=wait) as restoring:
+            return restoring.start(replicas, name, publish, points)
+
+    # ---- shared by both
+
+    def sweep(self) -> None:
+        """Remove what killed commands left behind."""
+        self.folders.sweep()
+        self.snapshots.sweep(self.folders.live_memory_ids())
+
+    def require_privileges(self) -> None:
+        """Raise MachineLacks if this cannot work here for want of privileges."""
+        if os.geteuid() != 0:
+            raise MachineLacks("sandboxes and CRIU need root: run this as root (`hotstart doctor` says what else is needed)")
+
+    def criu(self) -> Criu:
+        """Return the CRIU to use. Raises MachineLacks if there is none that can be relied on."""
+        if self._criu is None:
+            found = find_criu()
+            self._check_criu(found)
+            self._criu = found
+        return self._criu
+
+    def criu_version(self) -> tuple[int, ...]:
+        """Return the version of the CRIU in use."""
+        return self._check_criu(self.criu())
+
+    def _check_criu(self, criu: Criu) -> tuple[int, ...]:
+        """Version of a CRIU, remembered for this very file: asking it costs as much as a restore."""
+        st = os.stat(criu.path)
+        key = f"{criu.path} {st.st_ino} {st.st_size} {st.st_mtime_ns}"
+        memo = os.path.join(self.run_root, ".criu")
+        with suppress(OSError, ValueError), open(memo, encoding="utf-8") as f:
+            known, _, version = f.read().rpartition("\n")
+            if known == key:
+                return tuple(map(int, version.split(".")))
+        version_now = criu.check_version()
+        with suppress(OSError):
+            os.makedirs(self.run_root, exist_ok=True)
+            with open(f"{memo}.aside", "w", encoding="utf-8") as f:
+                f.write(f"{key}\n{'.'.join(map(str, version_now))}")
+            os.replace(f"{memo}.aside", memo)
+        return version_now
+
+    def kdat_path(self) -> str:
+        """CRIU's cache of kernel features; it saves 25 ms a restore and is good for this boot only."""
+        return os.path.join(self.run_root, f".{KDAT}")
+
+    def keep_kdat(self, init_pid: int) -> None:
+        """Keep the cache that a CRIU has just made in a sandbox."""
+        with suppress(OSError):
+            if not os.path.exists(self.kdat_path()):
+                shutil.copyfile(f"/proc/{init_pid}/root/run/{KDAT}", f"{self.kdat_path()}.aside")
+                os.replace(f"{self.kdat_path()}.aside", self.kdat_path())
+
+    def log_path(self, name: str) -> str:
+        """Where a worker's output goes. Raises HotstartError if it cannot."""
+        folder = os.path.join(self.home, "logs")
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as e:
+            raise HotstartError(f"{self.home} cannot be written: {e.strerror}") from e
+        return os.path.join(folder, f"{name}.log")
+
+    def memory_bytes(self, name: str) -> dict[str, int]:
+        """Memory of a worker's or replica's tree in bytes: its proportional share (pss) and what is its own (private)."""
+        _, state = self.find(name)
+        total = {"pss": 0, "private": 0, "rss": 0}
+        for pid in tree(state.host_root_pid()):
+            m = memory_bytes(pid)
+            total["pss"] += m.get("Pss", 0)
+            total["rss"] += m.get("Rss", 0)
+            total["private"] += m.get("Private_Clean", 0) + m.get("Private_Dirty", 0)
+        return total

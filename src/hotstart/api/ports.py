@@ -1,0 +1,36 @@
+"""Ports on the host through which workers are reached."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from hotstart.errors import HotstartError
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Where a worker's port is published on the host; port 0 is any free one."""
+
+    host: str
+    port: int
+
+
+def listen(publish: Publish) -> socket.socket:
+    """Listen on a host port. Raises HotstartError if it is in use."""
+    family = socket.AF_INET6 if ":" in publish.host else socket.AF_INET
+    s = socket.socket(family)
+    try:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((publish.host, publish.port))
+        s.listen(1024)
+    except OSError as e:
+        s.close()
+        raise HotstartError(f"{publish.host}:{publish.port} cannot be published ({e.strerror}): choose another port, or 0 for any free one") from e
+    return s
+
+
+def address_of(s: socket.socket) -> str:
+    """HOST:PORT of a listening socket."""
+    host, port = s.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

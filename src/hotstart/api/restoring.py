@@ -1,0 +1,228 @@
+"""Restoring replicas of a local snapshot, all of them or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hotstart.adapters.criu.program import LOG_FD, why_it_failed
+from hotstart.adapters.linux.cgroups import make_cgroups, remove_cgroups
+from hotstart.adapters.linux.procfs import start_ticks
+from hotstart.adapters.linux.runfolder import RunFolder, SandboxState
+from hotstart.adapters.linux.sandbox import LinuxSandboxes
+from hotstart.api.ports import Publish, address_of, listen
+from hotstart.api.starting import identity_document, worker_binds
+from hotstart.errors import BadUsage, HotstartError, Refused
+from hotstart.restore.execute import Replica, finish_replica, start_replicas
+from hotstart.restore.plan import Plan
+from hotstart.restore.receipt import Receipt, measure_stages
+from hotstart.snapshot.codec import to_plain
+from hotstart.snapshot.layout import MEMORY_FOLDER
+from hotstart.snapshot.sandbox import Bind, SandboxSpec
+from hotstart.snapshot.worker import SUPPORT_FOLDER
+from hotstart.store.local import LocalSnapshot
+
+if TYPE_CHECKING:
+    from hotstart.api.core import Hotstart
+
+
+KDAT = "criu.kdat"
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A replica that answers (or, if nobody asked it, is resumed)."""
+
+    name: str
+    address: str | None
+    pid: int
+    receipt: Receipt
+
+
+class RestoringReplicas:
+    """Replicas that are being started; all of them are ended and forgotten if any fails."""
+
+    def __init__(self, hotstart: Hotstart, local: LocalSnapshot, plan: Plan, *, wait: bool) -> None:
+        self._hotstart, self._local, self._plan, self._wait = hotstart, local, plan, wait
+        self._folders: list[RunFolder] = []
+        self._replicas: list[Replica] = []
+        self._cgroups: list[tuple[str, ...]] = []
+        self._addresses: list[str | None] = []
+        self._memory_ids: list[str] = []
+        self._stack = ExitStack()
+        self._done = False
+
+    def __enter__(self) -> RestoringReplicas:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        if self._done:
+            return
+        for replica in self._replicas:
+            if replica.sandbox:
+                replica.sandbox.kill()
+        for cgroups in self._cgroups:
+            remove_cgroups(cgroups)
+        for folder, memory_id in zip(self._folders, self._memory_ids, strict=False):
+            with suppress(OSError):
+                os.unlink(self._hotstart.log_path(folder.name))
+            with suppress(OSError):
+                os.rmdir(os.path.join(self._hotstart.snapshots.memory_root, memory_id))
+        for folder in self._folders:
+            folder.remove()
+
+    def start(self, count: int, name: str | None, publish: Publish | None, marks: dict[str, float]) -> list[Started]:
+        """Start them, wait for them, let them go."""
+        for i in range(count):
+            self._prepare(i, count, name, publish)
+        start_replicas(self._replicas, LinuxSandboxes(), marks, time.monotonic)
+        self._stack.close()
+        self._finish_all()
+        for replica in self._replicas:
+            if replica.error:
+                raise replica.error
+        started = [self._settle(i) for i in range(count)]
+        self._done = True
+        return started
+
+    def _prepare(self, i: int, count: int, name: str | None, publish: Publish | None) -> None:
+        hotstart, manifest = self._hotstart, self._local.manifest
+        if name is None:
+            folder = hotstart.folders.claim_numbered(manifest.name)
+        else:
+            folder = hotstart.folders.claim(name if count == 1 else f"{name}-{i + 1}")
+        self._folders.append(folder)
+        worker = manifest.worker
+        listeners: tuple[tuple[socket.socket, int], ...] = ()
+        if publish:
+            if not worker.port:
+                raise BadUsage("--publish needs a snapshot whose worker was started with --port")
+            s = self._stack.enter_context(listen(Publish(publish.host, publish.port + i if publish.port else 0)))
+            listeners = ((s, worker.port),)
+        self._addresses.append(address_of(listeners[0][0]) if listeners else None)
+        memory_id = os.urandom(8).hex()
+        self._memory_ids.append(memory_id)
+        os.makedirs(os.path.join(hotstart.snapshots.memory_root, memory_id))
+        self._cgroups.append(make_cgroups(folder.name, worker.memory_bytes, worker.cpus))
+        os.mkdir(folder.file("work"))
+        with open(folder.file("identity"), "wb") as f:
+            f.write(identity_document(folder.name, "replica"))
+        images_fd = os.open(self._local.path("images"), os.O_RDONLY | os.O_DIRECTORY)
+        work_fd = os.open(folder.file("work"), os.O_RDONLY | os.O_DIRECTORY)
+        self._stack.callback(os.close, images_fd)
+        self._stack.callback(os.close, work_fd)
+        ids = [*dict.fromkeys(m.name.partition("/")[0] for m in manifest.memory), memory_id]
+        copies = [(folder.file("identity"), f"{SUPPORT_FOLDER}/identity")]
+        if os.path.exists(hotstart.kdat_path()):
+            copies.append((hotstart.kdat_path(), f"/run/{KDAT}"))
+        spec = SandboxSpec(
+            program=tuple(hotstart.criu().restore_command(images_fd, work_fd, manifest.log_pipe)),
+            cwd="/",
+            environment={"PATH": os.defpath},
+            root_pid=manifest.root_pid,
+            hostname=folder.name,
+            log_path=hotstart.log_path(folder.name),
+            result_path=folder.result,
+            door_path=folder.door,
+            binds=(
+                *worker_binds(worker),
+                *(Bind(os.path.join(hotstart.snapshots.memory_root, m), f"{MEMORY_FOLDER}/{m}") for m in ids),
+            ),
+            copies=tuple(copies),
+            file_pack=self._local.path("files.pack"),
+            listeners=listeners,
+            cgroups=self._cgroups[-1],
+            restored_log_fd=LOG_FD,
+            keep_fds=(images_fd, work_fd),
+        )
+        self._replicas.append(Replica(folder.name, spec))
+
+    def _finish_all(self) -> None:
+        if len(self._replicas) == 1:
+            self._finish(0)
+            return
+        from threading import Thread
+
+        threads = [Thread(target=self._finish, args=(i,)) for i in range(len(self._replicas))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _finish(self, i: int) -> None:
+        replica, manifest = self._replicas[i], self._local.manifest
+        try:
+            finish_replica(
+                replica,
+                manifest.oracle,
+                manifest.worker.port,
+                self._hotstart.asker,
+                why_it_failed,
+                self._folders[i].file("work"),
+                time.monotonic,
+                wait=self._wait,
+            )
+            if replica.oracle_ok is False:
+                raise Refused(
+                    f"replica {replica.name} answered otherwise than the warm worker did: it was ended; "
+                    "if the answer holds times or ids, take the snapshot with --oracle-ignore FIELD,..."
+                )
+            if manifest.worker.network == "egress":
+                from hotstart.adapters.linux.egress import connect_egress
+
+                connect_egress(replica.running.init_pid)
+        except HotstartError as e:
+            replica.error = e
+
+    def _settle(self, i: int) -> Started:
+        hotstart, manifest, folder, replica = self._hotstart, self._local.manifest, self._folders[i], self._replicas[i]
+        sandbox = replica.running
+        hotstart.keep_kdat(sandbox.init_pid)
+        receipt = self._receipt(replica)
+        with open(folder.file("receipt.json"), "w", encoding="utf-8") as f:
+            json.dump(to_plain(receipt), f)
+        state = SandboxState(
+            name=folder.name,
+            kind="replica",
+            memory_id=self._memory_ids[i],
+            memory_ids=(*dict.fromkeys(m.name.partition("/")[0] for m in manifest.memory), self._memory_ids[i]),
+            init_pid=sandbox.init_pid,
+            init_ticks=start_ticks(sandbox.init_pid) or 0,
+            root_pid=manifest.root_pid,
+            worker=manifest.worker,
+            log_path=hotstart.log_path(folder.name),
+            created_unix_s=int(time.time()),
+            snapshot=manifest.name,
+            address=self._addresses[i],
+            cgroups=self._cgroups[i],
+        )
+        folder.save(state)
+        sandbox.commit()
+        folder.settle()
+        return Started(folder.name, self._addresses[i], state.host_root_pid(), receipt)
+
+    def _receipt(self, replica: Replica) -> Receipt:
+        marks, events = replica.marks, replica.running.events
+        end = marks.get("answered", marks["noticed"])
+        stages = measure_stages(marks, events)
+        total = end - marks["asked"]
+        stages["unaccounted"] = total - sum(stages.values())
+        return Receipt(
+            replica=replica.name,
+            snapshot=self._local.manifest.name,
+            digest=self._local.digest(),
+            strategy="mapped" if self._local.manifest.memory else "copied",
+            stages=stages,
+            resumed_s=marks["noticed"] - marks["asked"],
+            first_answer_s=marks["answered"] - marks["asked"] if "answered" in marks else None,
+            total_s=total,
+            oracle_ok=replica.oracle_ok,
+            predicted_resumed_s=self._plan.predicted_resumed_s,
+            predicted_first_answer_s=self._plan.predicted_first_answer_s,
+        )

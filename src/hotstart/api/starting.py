@@ -1,0 +1,180 @@
+"""Starting a worker in its sandbox."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
+
+from hotstart.adapters.linux.cgroups import make_cgroups, remove_cgroups
+from hotstart.adapters.linux.native import native_program
+from hotstart.adapters.linux.procfs import start_ticks
+from hotstart.adapters.linux.runfolder import RunFolder, SandboxState
+from hotstart.adapters.linux.sandbox import LinuxSandboxes
+from hotstart.api.ports import Publish, address_of, listen
+from hotstart.errors import BadUsage, HotstartError
+from hotstart.snapshot.layout import MEMORY_FOLDER, UNFOLDED
+from hotstart.snapshot.sandbox import Bind, Sandbox, SandboxSpec
+from hotstart.snapshot.worker import ROOT_PID, SUPPORT_FOLDER, WorkerSpec
+
+if TYPE_CHECKING:
+    from hotstart.api.core import Hotstart
+
+_INIT_TIMEOUT_S = 30.0
+
+
+def _environment(worker: WorkerSpec) -> dict[str, str]:
+    shim = f"{SUPPORT_FOLDER}/shim.so"
+    preload = worker.environment.get("LD_PRELOAD")
+    return {**worker.environment, "HOTSTART_SANDBOX": "1", "LD_PRELOAD": f"{shim}:{preload}" if preload else shim}
+
+
+class StartingWorker:
+    """A worker that is being started; ended and forgotten unless it is settled."""
+
+    def __init__(self, hotstart: Hotstart, worker: WorkerSpec, kind: str, folder: RunFolder, publish: Publish | None) -> None:
+        self.worker, self.folder = worker, folder
+        self._hotstart, self._kind, self._publish = hotstart, kind, publish
+        self._settled = False
+        self.sandbox: Sandbox
+        self._launched = False
+        self._cgroups: tuple[str, ...] = ()
+        self._cleanup = ExitStack()
+        self.memory_id = os.urandom(8).hex()
+        self.memory_folder = os.path.join(hotstart.snapshots.memory_root, self.memory_id)
+        self.log_path = ""
+        self.address: str | None = None
+
+    def __enter__(self) -> StartingWorker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._settled:
+            self.discard()
+
+    def launch(self) -> None:
+        """Start the sandbox and the command. Raises HotstartError, BadUsage."""
+        worker, name = self.worker, self.folder.name
+        self.log_path = self._hotstart.log_path(name)
+        program = shutil.which(worker.command[0], path=worker.environment.get("PATH", os.defpath))
+        if program is None and not os.path.exists(os.path.join(worker.cwd, worker.command[0])):
+            raise BadUsage(f"no program {worker.command[0]}: is the path right?")
+        with suppress(FileNotFoundError):
+            os.unlink(self.log_path)
+        try:
+            os.makedirs(self.memory_folder)
+        except OSError as e:
+            raise HotstartError(f"{self._hotstart.home} cannot be written: {e.strerror}") from e
+        self._cgroups = make_cgroups(name, worker.memory_bytes, worker.cpus)
+        listeners: tuple[tuple[socket.socket, int], ...] = ()
+        if self._publish:
+            if not worker.port:
+                raise BadUsage("--publish needs --port, the port that the worker listens on inside")
+            s = self._cleanup.enter_context(listen(self._publish))
+            self.address, listeners = address_of(s), ((s, worker.port),)
+        spec = SandboxSpec(
+            program=worker.command,
+            cwd=worker.cwd,
+            environment=_environment(worker),
+            root_pid=ROOT_PID,
+            hostname=name,
+            log_path=self.log_path,
+            result_path=self.folder.result,
+            door_path=self.folder.door,
+            binds=(*worker_binds(worker), Bind(self.memory_folder, f"{MEMORY_FOLDER}/{self.memory_id}")),
+            copies=((native_program("libhotstart-shim.so"), f"{SUPPORT_FOLDER}/shim.so"), (os.devnull, UNFOLDED)),
+            listeners=listeners,
+            cgroups=self._cgroups,
+        )
+        self.sandbox = LinuxSandboxes().start(spec)
+        self._launched = True
+        self.sandbox.wait_for("started", _INIT_TIMEOUT_S)
+        if worker.network == "egress":
+            self._connect_egress()
+        self._cleanup.close()
+
+    def _connect_egress(self) -> None:
+        from hotstart.adapters.linux.egress import connect_egress
+
+        connect_egress(self.sandbox.init_pid)
+
+    def identify(self) -> None:
+        """Tell a worker that waits in `checkpoint()` that it goes on."""
+        write_identity(self.sandbox.init_pid, self.folder.name, self._kind)
+
+    def ended(self) -> int | None:
+        """Exit status if the worker has ended already."""
+        return None if self.sandbox.alive() else (self.folder.exit_status() or 0)
+
+    def state(self) -> SandboxState:
+        """Describe it."""
+        return SandboxState(
+            name=self.folder.name,
+            kind=self._kind,
+            memory_id=self.memory_id,
+            memory_ids=(self.memory_id,),
+            init_pid=self.sandbox.init_pid,
+            init_ticks=start_ticks(self.sandbox.init_pid) or 0,
+            root_pid=ROOT_PID,
+            worker=self.worker,
+            log_path=self.log_path,
+            created_unix_s=int(time.time()),
+            address=self.address,
+            cgroups=self._cgroups,
+        )
+
+    def settle(self) -> SandboxState:
+        """Let it outlive us."""
+        state = self.state()
+        self.folder.save(state)
+        self.sandbox.commit()
+        self.folder.settle()
+        self._settled = True
+        return state
+
+    def discard(self) -> None:
+        """End it and remove every trace."""
+        self._cleanup.close()
+        if self._launched:
+            self.sandbox.kill()
+        remove_cgroups(self._cgroups)
+        with suppress(OSError):
+            os.rmdir(self.memory_folder)
+        if self.log_path:
+            with suppress(FileNotFoundError):
+                os.unlink(self.log_path)
+        self.folder.remove()
+
+
+def worker_binds(worker: WorkerSpec) -> tuple[Bind, ...]:
+    """The host's folders that a worker sees besides the read-only root."""
+    return (
+        *(Bind(path, path) for path in worker.visible),
+        *(Bind(path, path, writable=True) for path in worker.writable),
+    )
+
+
+def write_identity(init_pid: int, name: str, kind: str) -> None:
+    """Tell the SDK in a sandbox who its worker is; all at once, it may be reading."""
+    path = f"/proc/{init_pid}/root{SUPPORT_FOLDER}/identity"
+    with suppress(FileNotFoundError):
+        with open(f"{path}.aside", "wb") as f:
+            f.write(identity_document(name, kind))
+        os.replace(f"{path}.aside", path)
+
+
+def identity_document(name: str, kind: str) -> bytes:
+    """What the SDK's resume hooks get."""
+    return f'{{"kind": "{kind}", "name": "{name}"}}'.encode()
+
+
+def last_words(log_path: str) -> str:
+    """Say what a worker wrote last."""
+    with suppress(OSError), open(log_path, encoding="utf-8", errors="replace") as f:
+        lines = [line.strip() for line in f.read()[-4000:].splitlines() if line.strip()]
+        if lines:
+            return f"its last output: {lines[-1][:300]}"
+    return "it wrote nothing"

@@ -1,0 +1,27 @@
+"""hotstart plan."""
+
+from __future__ import annotations
+
+from hotstart.cli.common import as_plain, open_hotstart, parser, print_json, print_table, seconds, size
+
+
+def main(arguments: list[str], _entered: float) -> int:
+    """Say what a restore would do here, and how long it should take."""
+    p = parser("plan", "What a restore would do here, and how long it should take. Touches nothing.")
+    p.add_argument("snapshot", metavar="SNAP")
+    options = p.parse_args(arguments)
+    plan = open_hotstart().plan(options.snapshot)
+    if options.json:
+        print_json(as_plain(plan))
+    else:
+        print_table(
+            ("PID", "PROCESS", "STRATEGY", "MEMORY FILE", "IN PAGE CACHE", "WHY"),
+            ((x.pid, x.name, x.strategy, size(x.data_bytes), size(x.resident_bytes), x.reason) for x in plan.processes),
+        )
+        print(f"to read from the disk: {size(plan.missing_bytes)}")
+        print(f"predicted: resumed {seconds(plan.predicted_resumed_s)}, first answer {seconds(plan.predicted_first_answer_s)}")
+        for note in plan.notes:
+            print(f"note: {note}")
+        for refusal in plan.refusals:
+            print(f"refused: {refusal}")
+    return 4 if plan.refusals else 0

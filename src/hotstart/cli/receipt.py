@@ -1,0 +1,35 @@
+"""hotstart receipt."""
+
+from __future__ import annotations
+
+import json
+
+from hotstart.cli.common import open_hotstart, parser, print_json, print_table, seconds
+from hotstart.errors import NotFound
+
+_BAR = 40
+
+
+def main(arguments: list[str], _entered: float) -> int:
+    """Say what a replica's restore did, stage by stage."""
+    p = parser("receipt", "What a replica's restore did, stage by stage; the stages add up to the whole.")
+    p.add_argument("replica", metavar="REPLICA")
+    options = p.parse_args(arguments)
+    folder, _ = open_hotstart().find(options.replica)
+    try:
+        with open(folder.file("receipt.json"), "rb") as f:
+            receipt = json.load(f)
+    except FileNotFoundError as e:
+        raise NotFound(f"{options.replica} is a worker, not a replica: it was never restored") from e
+    if options.json:
+        print_json(receipt)
+        return 0
+    total, at, rows = receipt["total_s"], 0.0, []
+    for name, took in receipt["stages"].items():
+        bar = " " * int(at / total * _BAR) + "#" * max(1, round(took / total * _BAR))
+        rows.append((name, seconds(took), f"{took / total:.1%}", bar))
+        at += took
+    print_table(("STAGE", "TOOK", "PART", ""), rows)
+    print(f"total {seconds(total)}; resumed {seconds(receipt['resumed_s'])} (predicted {seconds(receipt['predicted_resumed_s'])}), ", end="")
+    print(f"first answer {seconds(receipt['first_answer_s'])} (predicted {seconds(receipt['predicted_first_answer_s'])})")
+    return 0

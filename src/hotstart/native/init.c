@@ -1,0 +1,617 @@
+/* hotstart-init: the first process of a sandbox.
+ *
+ * Owns the sandbox: makes its namespaces and mounts, lays out the files that belong to a snapshot, starts one
+ * program in it (a worker, or CRIU restoring one), reaps, forwards signals, pumps the worker's output to a log and
+ * relays connections from the host. It stays for as long as the worker lives and is never part of a checkpoint.
+ * It knows nothing of snapshots, stores or plans: the caller opens every descriptor and passes every decision.
+ *
+ * usage: hotstart-init OPTION... -- PROGRAM ARG...
+ *   -s FD            status: one line an event, "NAME CLOCK_MONOTONIC_SECONDS [DETAIL]"
+ *   -l FD            lifeline: end of file before a byte arrives means that the caller died: end everything
+ *   -o FD            log: receives what the worker writes to stdout and stderr
+ *   -x FD            result: the root's wait status is written here as text when it ends
+ *   -d FD            door: listening unix socket; a client sends a port (2 bytes, network order), then speaks to it
+ *   -f FD:PORT       publish: listening TCP socket of the host, relayed to PORT inside
+ *   -g FD            cgroup.procs file to join before anything else (repeatable)
+ *   -h NAME          host name inside
+ *   -c DIR           working directory of PROGRAM
+ *   -b SRC:DST[:rw]  bind SRC at DST, read-only unless rw (repeatable); taken before the private tmpfs hide SRC
+ *   -k SRC:DST       copy the small file SRC to DST (under /run) (repeatable)
+ *   -u FD            file pack (docs/format.md) to lay out under /run, /tmp and /dev/shm
+ *   -p PID           the root's pid inside; the worker is started with it, a restored tree has it
+ *   -r FD            restore: PROGRAM is CRIU; the write end of the log pipe is passed to it as descriptor FD
+ *   -K FD            keep FD open for PROGRAM (repeatable)
+ *
+ * Mounts (kernel 5.12+): the host's root, read-only, at the same paths; fresh /proc; private tmpfs /run, /tmp, /dev/shm.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/mount.h>
+#include <linux/seccomp.h>
+#include <net/if.h>
+#include <netinet/tcp.h>
+#include <sched.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "filepack.h"
+
+/* glibc 2.36's <sys/mount.h> clashes with <linux/mount.h>; these few are all that is needed of it. */
+int mount(const char *, const char *, const char *, unsigned long, const void *);
+enum { M_NOSUID = 2, M_NODEV = 4, M_NOEXEC = 8, M_REC = 16384, M_PRIVATE = 1 << 18 };
+
+enum { MAX_LIST = 64 };
+
+struct pair { char *source, *target; int writable; };
+struct publish { int fd, port; };
+
+static struct {
+	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid;
+	char *hostname, *workdir;
+	struct pair binds[MAX_LIST], copies[MAX_LIST];
+	struct publish publishes[MAX_LIST];
+	int cgroups[MAX_LIST], keeps[MAX_LIST];
+	int n_binds, n_copies, n_publishes, n_cgroups, n_keeps;
+} opt = {.status = -1, .lifeline = -1, .log = -1, .result = -1, .door = -1, .pack = -1};
+
+static double monotonic(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static void event(const char *name, const char *detail)
+{
+	char line[512];
+	int n = snprintf(line, sizeof line, "%s %.6f %s\n", name, monotonic(), detail);
+	if (opt.status >= 0 && write(opt.status, line, (size_t)n) < 0) { /* the caller went away: nothing to tell */ }
+}
+
+static void die(const char *what)
+{
+	char detail[400];
+	snprintf(detail, sizeof detail, "%s: %s", what, strerror(errno));
+	event("error", detail);
+	_exit(99);
+}
+
+/* ---- options ---------------------------------------------------------------------------------------------- */
+
+static struct pair split_pair(char *text)
+{
+	struct pair p = {.source = text};
+	char *colon = strchr(text, ':');
+	if (!colon) { errno = EINVAL; die(text); }
+	*colon = 0;
+	p.target = colon + 1;
+	size_t length = strlen(p.target);
+	if (length > 3 && !strcmp(p.target + length - 3, ":rw")) {
+		p.target[length - 3] = 0;
+		p.writable = 1;
+	}
+	return p;
+}
+
+#define ADD(list, count, value) \
+	do { \
+		if ((count) == MAX_LIST) { errno = E2BIG; die("too many options"); } \
+		(list)[(count)++] = (value); \
+	} while (0)
+
+static char **parse(int argc, char **argv)
+{
+	int o;
+	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:k:u:p:r:K:")) != -1) {
+		switch (o) {
+		case 's': opt.status = atoi(optarg); break;
+		case 'l': opt.lifeline = atoi(optarg); break;
+		case 'o': opt.log = atoi(optarg); break;
+		case 'x': opt.result = atoi(optarg); break;
+		case 'd': opt.door = atoi(optarg); break;
+		case 'h': opt.hostname = optarg; break;
+		case 'c': opt.workdir = optarg; break;
+		case 'u': opt.pack = atoi(optarg); break;
+		case 'p': opt.root_pid = atoi(optarg); break;
+		case 'r': opt.is_restore = 1; opt.restore_fd = atoi(optarg); break;
+		case 'g': ADD(opt.cgroups, opt.n_cgroups, atoi(optarg)); break;
+		case 'K': ADD(opt.keeps, opt.n_keeps, atoi(optarg)); break;
+		case 'b': ADD(opt.binds, opt.n_binds, split_pair(optarg)); break;
+		case 'k': ADD(opt.copies, opt.n_copies, split_pair(optarg)); break;
+		case 'f': {
+			struct pair p = split_pair(optarg);
+			struct publish f = {atoi(p.source), atoi(p.target)};
+			ADD(opt.publishes, opt.n_publishes, f);
+			break;
+		}
+		default: errno = EINVAL; die("unknown option");
+		}
+	}
+	if (optind >= argc) { errno = EINVAL; die("no program"); }
+	return argv + optind;
+}
+
+/* ---- mounts and files ------------------------------------------------------------------------------------- */
+
+static void make_folders(const char *path)
+{
+	char part[PATH_MAX];
+	for (const char *p = path + 1;; p++) {
+		if (*p != '/' && *p) continue;
+		size_t n = (size_t)(p - path);
+		if (n >= sizeof part) { errno = ENAMETOOLONG; die(path); }
+		memcpy(part, path, n);
+		part[n] = 0;
+		mkdir(part, 0755);
+		if (!*p) return;
+	}
+}
+
+static void make_parent(const char *path)
+{
+	char folder[PATH_MAX];
+	snprintf(folder, sizeof folder, "%s", path);
+	char *slash = strrchr(folder, '/');
+	if (slash && slash != folder) { *slash = 0; make_folders(folder); }
+}
+
+static void copy_small(const struct pair *p, int from)
+{
+	char buffer[65536];
+	make_parent(p->target);
+	int to = open(p->target, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0755);
+	if (to < 0) die(p->target);
+	for (ssize_t n; (n = read(from, buffer, sizeof buffer)) != 0;) {
+		if (n < 0 || write(to, buffer, (size_t)n) != n) die(p->source);
+	}
+	close(to);
+	close(from);
+}
+
+static void private_tmpfs(const char *path, const char *options)
+{
+	if (mount("tmpfs", path, "tmpfs", M_NOSUID | M_NODEV, options)) die(path);
+}
+
+static void make_mounts(void)
+{
+	int tree[MAX_LIST], file[MAX_LIST];
+	if (mount("none", "/", 0, M_REC | M_PRIVATE, 0)) die("make / private");
+	/* Take hold of what the private tmpfs are about to hide, and of writable folders before / becomes read-only. */
+	for (int i = 0; i < opt.n_binds; i++) {
+		struct pair *b = &opt.binds[i];
+		struct mount_attr attr = {.attr_set = b->writable ? 0 : MOUNT_ATTR_RDONLY};
+		tree[i] = (int)syscall(SYS_open_tree, AT_FDCWD, b->source, OPEN_TREE_CLONE | O_CLOEXEC);
+		if (tree[i] < 0) die(b->source);
+		if (syscall(SYS_mount_setattr, tree[i], "", AT_EMPTY_PATH, &attr, sizeof attr)) die(b->source);
+	}
+	for (int i = 0; i < opt.n_copies; i++) {
+		file[i] = open(opt.copies[i].source, O_RDONLY | O_CLOEXEC);
+		if (file[i] < 0) die(opt.copies[i].source);
+	}
+	struct mount_attr readonly = {.attr_set = MOUNT_ATTR_RDONLY};
+	if (syscall(SYS_mount_setattr, AT_FDCWD, "/", AT_RECURSIVE, &readonly, sizeof readonly)) die("make / read-only");
+	if (mount("proc", "/proc", "proc", M_NOSUID | M_NODEV | M_NOEXEC, 0)) die("/proc");
+	private_tmpfs("/run", "mode=755");
+	private_tmpfs("/tmp", "mode=1777");
+	private_tmpfs("/dev/shm", "mode=1777");
+	for (int i = 0; i < opt.n_binds; i++) {
+		struct stat st;
+		if (fstat(tree[i], &st)) die(opt.binds[i].source);
+		if (S_ISDIR(st.st_mode)) {
+			make_folders(opt.binds[i].target);
+		} else {
+			make_parent(opt.binds[i].target);
+			close(open(opt.binds[i].target, O_WRONLY | O_CREAT | O_CLOEXEC, 0644));
+		}
+		if (syscall(SYS_move_mount, tree[i], "", AT_FDCWD, opt.binds[i].target, MOVE_MOUNT_F_EMPTY_PATH))
+			die(opt.binds[i].target);
+		close(tree[i]);
+	}
+	for (int i = 0; i < opt.n_copies; i++) copy_small(&opt.copies[i], file[i]);
+}
+
+static void loopback_up(void)
+{
+	int s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq r = {.ifr_flags = IFF_UP | IFF_RUNNING | IFF_LOOPBACK};
+	strcpy(r.ifr_name, "lo");
+	if (s < 0 || ioctl(s, SIOCSIFFLAGS, &r)) die("loopback");
+	close(s);
+}
+
+/* ---- the program ------------------------------------------------------------------------------------------ */
+
+/* io_uring cannot be checkpointed (CRIU 4.2): answer as a kernel without it, so that libraries fall back. */
+static void hide_io_uring(void)
+{
+	struct sock_filter code[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_io_uring_setup, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog program = {sizeof code / sizeof *code, code};
+	if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program)) die("seccomp");
+}
+
+static void next_pid(int pid)
+{
+	char text[16];
+	int n = snprintf(text, sizeof text, "%d", pid - 1);
+	int f = open("/proc/sys/kernel/ns_last_pid", O_WRONLY | O_CLOEXEC);
+	if (f < 0 || write(f, text, (size_t)n) != n) die("ns_last_pid");
+	close(f);
+}
+
+static pid_t start(char **program, int log_write)
+{
+	if (!opt.is_restore) next_pid(opt.root_pid);
+	pid_t pid = fork();
+	if (pid < 0) die("fork");
+	if (pid) return pid;
+	sigset_t none;
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, 0);
+	for (int i = 0; i < opt.n_keeps; i++) fcntl(opt.keeps[i], F_SETFD, 0);
+	if (opt.is_restore) {
+		if (log_write != opt.restore_fd) dup2(log_write, opt.restore_fd);
+		else fcntl(log_write, F_SETFD, 0);
+	} else {
+		dup2(log_write, 1);
+		dup2(log_write, 2);
+		setsid();
+		/* Orphans stay in the root's tree: CRIU checkpoints that tree and nothing else. */
+		prctl(PR_SET_CHILD_SUBREAPER, 1);
+		hide_io_uring();
+	}
+	if (opt.workdir && chdir(opt.workdir)) die(opt.workdir);
+	execvp(program[0], program);
+	die(program[0]);
+	return -1;
+}
+
+/* ---- relays: connections from the host to ports inside ----------------------------------------------------- */
+
+enum { RELAY_BYTES = 65536 };
+enum kind { SIGNALS, LIFELINE, LOG, DOOR, PUBLISH, END };
+
+struct watch { enum kind kind; int fd, port; struct end *end; };
+struct end {             /* one side of a relay; what is read from it waits in buffer for the other side */
+	struct watch watch;
+	struct end *other;
+	char *buffer;
+	size_t start, filled;
+	int eof, shut, connecting, wants_port, events;
+	int closed;
+};
+
+static int ep;
+static struct end *graveyard[256];
+static int n_graveyard;
+
+static void watch(struct watch *w, uint32_t events, int op)
+{
+	struct epoll_event e = {.events = events, .data.ptr = w};
+	epoll_ctl(ep, op, w->fd, &e);
+}
+
+static void bury(struct end *e) /* freed after the batch of events: another event may still point at it */
+{
+	if (e->closed) return;
+	e->closed = 1;
+	close(e->watch.fd);
+	free(e->buffer);
+	if (n_graveyard < 256) graveyard[n_graveyard++] = e;
+}
+
+static void end_relay(struct end *e)
+{
+	if (e->other) bury(e->other);
+	bury(e);
+}
+
+static struct end *new_end(int fd, int port)
+{
+	struct end *e = calloc(1, sizeof *e);
+	char *buffer = malloc(RELAY_BYTES);
+	if (!e || !buffer) { free(e); free(buffer); close(fd); return 0; }
+	e->watch = (struct watch){END, fd, port, e};
+	e->buffer = buffer;
+	return e;
+}
+
+static int dial(int port, int family)
+{
+	struct sockaddr_in v4 = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port),
+				 .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	struct sockaddr_in6 v6 = {.sin6_family = AF_INET6, .sin6_port = htons((uint16_t)port),
+				  .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+	int one = 1, s = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (s < 0) return -1;
+	setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	int r = family == AF_INET ? connect(s, (struct sockaddr *)&v4, sizeof v4)
+				  : connect(s, (struct sockaddr *)&v6, sizeof v6);
+	if (r && errno != EINPROGRESS) { close(s); return -1; }
+	return s;
+}
+
+static void arm(struct end *e)
+{
+	int events = 0;
+	if (e->closed) return;
+	if (!e->eof && e->filled < RELAY_BYTES && !e->connecting) events |= EPOLLIN;
+	if (e->connecting || (e->other && e->other->filled)) events |= EPOLLOUT;
+	if (events == e->events) return;
+	e->events = events;
+	watch(&e->watch, (uint32_t)events, EPOLL_CTL_MOD);
+}
+
+static void connect_inside(struct end *client, int port)
+{
+	int s = dial(port, AF_INET);
+	if (s < 0) s = dial(port, AF_INET6);
+	struct end *inside = s < 0 ? 0 : new_end(s, port);
+	if (!inside) { bury(client); return; }
+	inside->connecting = 1;
+	inside->other = client;
+	client->other = inside;
+	inside->events = EPOLLOUT;
+	watch(&inside->watch, EPOLLOUT, EPOLL_CTL_ADD);
+}
+
+static void accept_from(struct watch *w)
+{
+	int one = 1, s;
+	while ((s = accept4(w->fd, 0, 0, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
+		if (w->kind == PUBLISH) setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+		struct end *e = new_end(s, w->port);
+		if (!e) continue;
+		e->wants_port = w->kind == DOOR;
+		e->events = EPOLLIN;
+		watch(&e->watch, EPOLLIN, EPOLL_CTL_ADD);
+		if (!e->wants_port) { connect_inside(e, w->port); arm(e); }
+	}
+}
+
+static int fill(struct end *e) /* 0: nothing went wrong */
+{
+	if (e->start) {
+		memmove(e->buffer, e->buffer + e->start, e->filled);
+		e->start = 0;
+	}
+	ssize_t n = read(e->watch.fd, e->buffer + e->filled, RELAY_BYTES - e->filled);
+	if (n < 0) return errno != EAGAIN && errno != EINTR;
+	if (n == 0) e->eof = 1;
+	e->filled += (size_t)n;
+	return 0;
+}
+
+static int drain(struct end *from, struct end *to)
+{
+	while (from->filled) {
+		ssize_t n = send(to->watch.fd, from->buffer + from->start, from->filled, MSG_NOSIGNAL);
+		if (n < 0) return errno != EAGAIN && errno != EINTR;
+		from->start += (size_t)n;
+		from->filled -= (size_t)n;
+	}
+	from->start = 0;
+	if (from->eof && !to->shut) {
+		shutdown(to->watch.fd, SHUT_WR);
+		to->shut = 1;
+	}
+	return 0;
+}
+
+static void relay(struct end *e, uint32_t events)
+{
+	if (e->closed) return;
+	if (e->connecting) {
+		int error = 0;
+		socklen_t size = sizeof error;
+		getsockopt(e->watch.fd, SOL_SOCKET, SO_ERROR, &error, &size);
+		if (error) {   /* nobody listens on 127.0.0.1: try ::1 once */
+			struct end *client = e->other;
+			struct sockaddr_storage peer;
+			int family = AF_INET;
+			socklen_t n = sizeof peer;
+			if (!getsockname(e->watch.fd, (struct sockaddr *)&peer, &n)) family = peer.ss_family;
+			int s = family == AF_INET && error == ECONNREFUSED ? dial(e->watch.port, AF_INET6) : -1;
+			if (s < 0) { end_relay(e); return; }
+			close(e->watch.fd);
+			e->watch.fd = s;
+			e->events = EPOLLOUT;
+			watch(&e->watch, EPOLLOUT, EPOLL_CTL_ADD);
+			(void)client;
+			return;
+		}
+		e->connecting = 0;
+	}
+	if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) && !e->eof && e->filled < RELAY_BYTES && fill(e)) {
+		end_relay(e);
+		return;
+	}
+	if (e->wants_port) {
+		if (e->filled >= 2) {
+			int port = (unsigned char)e->buffer[0] << 8 | (unsigned char)e->buffer[1];
+			e->start = 2;
+			e->filled -= 2;
+			e->wants_port = 0;
+			connect_inside(e, port);
+		} else if (e->eof) {
+			bury(e);
+		}
+		arm(e);
+		return;
+	}
+	struct end *other = e->other;
+	if (!other->connecting && (drain(e, other) || drain(other, e))) { end_relay(e); return; }
+	if (e->eof && other->eof && !e->filled && !other->filled) { end_relay(e); return; }
+	/* A peer that reset while we still hold its bytes would spin on EPOLLHUP: nobody will read them. */
+	if ((events & EPOLLERR) && e->eof) { end_relay(e); return; }
+	arm(e);
+	arm(other);
+}
+
+/* ---- main loop -------------------------------------------------------------------------------------------- */
+
+static void pump_log(int from)
+{
+	char buffer[65536];
+	for (ssize_t n; (n = read(from, buffer, sizeof buffer)) > 0;) {
+		if (opt.log >= 0 && write(opt.log, buffer, (size_t)n) < 0) { /* disk full: the worker must not block on its log */ }
+	}
+}
+
+static void finish(int wait_status, int log_read)
+{
+	char text[32];
+	int n = snprintf(text, sizeof text, "%d\n", wait_status);
+	pump_log(log_read);
+	if (opt.result >= 0 && write(opt.result, text, (size_t)n) < 0) { /* disk full: the caller sees us gone all the same */ }
+	event("exit", text);
+	_exit(0); /* the kernel ends everything else in this pid namespace */
+}
+
+static int reap(pid_t program, pid_t root, int log_read) /* 1 once a restore has succeeded */
+{
+	int st, restored = 0;
+	for (pid_t p; (p = waitpid(-1, &st, WNOHANG)) > 0;) {
+		if (p == root) finish(st, log_read);
+		if (p != program || !opt.is_restore) continue;
+		if (!WIFEXITED(st) || WEXITSTATUS(st)) {
+			char text[32];
+			snprintf(text, sizeof text, "%d", WIFEXITED(st) ? WEXITSTATUS(st) : 128 + WTERMSIG(st));
+			event("failed", text);
+			_exit(98);
+		}
+		event("restored", "");
+		restored = 1;
+	}
+	return restored;
+}
+
+static void serve(pid_t program, int signals, int log_read)
+{
+	pid_t root = opt.is_restore ? opt.root_pid : program;
+	struct watch sig = {.kind = SIGNALS, .fd = signals}, life = {.kind = LIFELINE, .fd = opt.lifeline};
+	struct watch log = {.kind = LOG, .fd = log_read}, door = {.kind = DOOR, .fd = opt.door};
+	struct watch doors[MAX_LIST];
+	watch(&sig, EPOLLIN, EPOLL_CTL_ADD);
+	watch(&log, EPOLLIN, EPOLL_CTL_ADD);
+	if (opt.lifeline >= 0) watch(&life, EPOLLIN, EPOLL_CTL_ADD);
+	if (opt.door >= 0) watch(&door, EPOLLIN, EPOLL_CTL_ADD);
+	for (int i = 0; i < opt.n_publishes; i++) {
+		doors[i] = (struct watch){.kind = PUBLISH, .fd = opt.publishes[i].fd, .port = opt.publishes[i].port};
+		watch(&doors[i], EPOLLIN, EPOLL_CTL_ADD);
+	}
+	for (;;) {
+		struct epoll_event ready[64];
+		int n = epoll_wait(ep, ready, 64, -1);
+		for (int i = 0; i < n; i++) {
+			struct watch *w = ready[i].data.ptr;
+			switch (w->kind) {
+			case SIGNALS: {
+				struct signalfd_siginfo s;
+				while (read(signals, &s, sizeof s) == sizeof s) {
+					if (s.ssi_signo != SIGCHLD) kill(root, (int)s.ssi_signo);
+				}
+				reap(program, root, log_read);
+				break;
+			}
+			case LIFELINE: {
+				char byte;
+				ssize_t got = read(w->fd, &byte, 1);
+				if (got == 0) _exit(97); /* the caller died before it took over */
+				if (got == 1) {
+					close(w->fd);
+					if (opt.status >= 0) { close(opt.status); opt.status = -1; }
+				}
+				break;
+			}
+			case LOG: pump_log(log_read); break;
+			case DOOR: case PUBLISH: accept_from(w); break;
+			case END: relay(w->end, ready[i].events); break;
+			}
+		}
+		while (n_graveyard) free(graveyard[--n_graveyard]);
+	}
+}
+
+static void nonblocking(int fd)
+{
+	if (fd >= 0) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+}
+
+static void init(char **program)
+{
+	sigset_t all;
+	int log_pipe[2];
+	char problem[256];
+	sigfillset(&all);
+	sigprocmask(SIG_BLOCK, &all, 0);
+	signal(SIGPIPE, SIG_IGN);
+	setsid();
+	event("namespaces", "");
+	make_mounts();
+	event("mounts", "");
+	if (opt.pack >= 0) {
+		if (filepack_unpack(opt.pack, problem, sizeof problem)) { errno = EINVAL; die(problem); }
+		close(opt.pack);
+		event("files", "");
+	}
+	loopback_up();
+	if (opt.hostname && sethostname(opt.hostname, strlen(opt.hostname))) die("hostname");
+	if (pipe2(log_pipe, O_CLOEXEC)) die("pipe");
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	dup2(null, 0);
+	dup2(null, 1);
+	dup2(null, 2);
+	ep = epoll_create1(EPOLL_CLOEXEC);
+	int signals = signalfd(-1, &all, SFD_NONBLOCK | SFD_CLOEXEC);
+	pid_t pid = start(program, log_pipe[1]);
+	event("started", "");
+	close(log_pipe[1]);
+	for (int i = 0; i < opt.n_keeps; i++) close(opt.keeps[i]);
+	nonblocking(log_pipe[0]);
+	nonblocking(opt.lifeline);
+	nonblocking(opt.door);
+	for (int i = 0; i < opt.n_publishes; i++) nonblocking(opt.publishes[i].fd);
+	serve(pid, signals, log_pipe[0]);
+}
+
+int main(int argc, char **argv)
+{
+	char **program = parse(argc, argv);
+	for (int fd = 3; fd < 256; fd++) fcntl(fd, F_SETFD, FD_CLOEXEC);
+	for (int i = 0; i < opt.n_cgroups; i++) {
+		if (write(opt.cgroups[i], "0", 1) != 1) die("join the control group");
+		close(opt.cgroups[i]);
+	}
+	if (unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)) die("namespaces");
+	pid_t pid = fork(); /* the first child is the new namespace's first process */
+	if (pid < 0) die("fork");
+	if (!pid) init(program);
+	char text[16];
+	snprintf(text, sizeof text, "%d", pid);
+	event("init", text);
+	return 0;
+}

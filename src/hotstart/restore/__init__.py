@@ -1,0 +1,1 @@
+"""Named bytes become a running worker."""

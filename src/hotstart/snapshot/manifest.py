@@ -1,0 +1,122 @@
+"""What a snapshot is made of. Pure; docs/format.md specifies the document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hotstart.errors import Damaged, Refused
+from hotstart.snapshot.codec import IllFormedError, decode, encode
+from hotstart.snapshot.warmup import Oracle
+from hotstart.snapshot.worker import WorkerSpec
+
+FORMAT = "hotstart.snapshot"
+FORMAT_MAJOR, FORMAT_MINOR = 1, 0
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class HostFingerprint:
+    """The machine that a snapshot was taken on. `cpu_features` are the flags of /proc/cpuinfo, sorted."""
+
+    architecture: str
+    kernel: str
+    cpu_features: tuple[str, ...]
+    libc: str
+    criu: str
+
+
+@dataclass(frozen=True, slots=True)
+class NeededFile:
+    """A file outside the snapshot that the processes have mapped or open; what is mapped must not have changed."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process of the tree: pid inside, command name, how its memory comes back ('mapped' or 'copied')."""
+
+    pid: int
+    name: str
+    threads: int
+    memory_file: str | None
+    strategy: str
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of the snapshot: a CRIU image, the file pack, an index. `chunks` are BLAKE3 digests of each MiB, in hex."""
+
+    path: str
+    size_bytes: int
+    chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFile:
+    """A process's memory as a mappable file: 'ID/N.mem'; `index` is the snapshot file that lists its extents.
+
+    `size_bytes` is its length with the sparse tail, `data_bytes` what is neither hole nor tail.
+    """
+
+    name: str
+    size_bytes: int
+    data_end: int
+    data_bytes: int
+    index: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRestore:
+    """What the first restore took, page cache warm: seconds from asked for to resumed, and to the first correct answer."""
+
+    resumed_s: float
+    first_answer_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A snapshot. Immutable; its digest names it for good, `name` is for people."""
+
+    name: str
+    created_unix_s: int
+    hotstart: str
+    worker: WorkerSpec
+    host: HostFingerprint
+    root_pid: int
+    log_pipe: str
+    processes: tuple[Process, ...]
+    files: tuple[File, ...]
+    memory: tuple[MemoryFile, ...]
+    needs: tuple[NeededFile, ...]
+    logical_bytes: int
+    oracle: Oracle | None = None
+    recorded: RecordedRestore | None = None
+    format: str = FORMAT
+    format_version: tuple[int, int] = field(default=(FORMAT_MAJOR, FORMAT_MINOR))
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical document; its BLAKE3 digest is the snapshot's."""
+        return encode(self)
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Read a manifest. Raises Refused for a newer major version, Damaged for anything that is not a manifest."""
+    try:
+        head = decode(_Head, data)
+        if head.format != FORMAT:
+            raise Damaged(f"not a snapshot manifest but {head.format[:40]!r}")
+        if head.format_version[0] > FORMAT_MAJOR:
+            major, minor = head.format_version
+            raise Refused(f"this snapshot has format {major}.{minor}, this hotstart reads up to {FORMAT_MAJOR}.x: update hotstart")
+        return decode(Manifest, data)
+    except IllFormedError as e:
+        raise Damaged(f"the manifest is damaged ({e})") from e
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    format: str
+    format_version: tuple[int, int]

@@ -1,0 +1,67 @@
+"""The port through which stages start and reach sandboxes; `adapters.linux.sandbox` implements it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A host path that is seen at `target` inside."""
+
+    source: str
+    target: str
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    """Everything that one sandbox is made from. Paths are the host's unless they are targets.
+
+    With `restored_log_fd` the program is CRIU: it gets the log pipe as that descriptor, and the root is what it restores.
+    """
+
+    program: tuple[str, ...]
+    cwd: str
+    environment: Mapping[str, str]
+    root_pid: int
+    hostname: str
+    log_path: str
+    result_path: str
+    door_path: str
+    binds: tuple[Bind, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
+    file_pack: str | None = None
+    listeners: tuple[tuple[socket.socket, int], ...] = ()
+    cgroups: tuple[str, ...] = ()
+    restored_log_fd: int | None = None
+    keep_fds: tuple[int, ...] = field(default=())
+
+
+class Sandbox(Protocol):
+    """A running sandbox, ours to end until `commit`."""
+
+    init_pid: int
+    events: dict[str, float]  # CLOCK_MONOTONIC seconds of what init did so far
+
+    def wait_for(self, event: str, timeout_s: float) -> None:
+        """Wait for init to report an event. Raises HotstartError with init's own reason."""
+
+    def commit(self) -> None:
+        """Let it outlive this process."""
+
+    def kill(self) -> None:
+        """End every process in it and wait until they are gone."""
+
+    def alive(self) -> bool:
+        """Say whether its first process runs."""
+
+
+class Sandboxes(Protocol):
+    """Starts sandboxes."""
+
+    def start(self, spec: SandboxSpec) -> Sandbox:
+        """Start one; returns at once, `wait_for` tells how far it is."""

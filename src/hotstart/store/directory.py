@@ -1,0 +1,94 @@
+"""A store in a local or shared folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+
+from hotstart.errors import HotstartError
+from hotstart.store.port import Missing, check_key
+
+_ASIDE = ".aside"
+
+
+class DirectoryStore:
+    """Objects are files, read-only, made aside and linked into place: a reader never sees half of one."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self._root, check_key(key))
+
+    def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return an object's bytes, or `length` of them from `offset`."""
+        try:
+            with open(self._path(key), "rb") as f:
+                f.seek(offset)
+                return f.read() if length is None else f.read(length)
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise Missing(key) from e
+
+    def write(self, key: str, data: bytes) -> bool:
+        """Create an object; link(2) fails if there is one, so the first of two writers wins and the other is told."""
+        path = self._path(key)
+        if os.path.exists(path):
+            return False
+        aside = os.path.join(self._root, _ASIDE, f"{os.getpid()}-{os.urandom(6).hex()}")
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.makedirs(os.path.dirname(aside), exist_ok=True)
+            with open(aside, "xb") as f:
+                f.write(data)
+                f.flush()
+                os.fchmod(f.fileno(), 0o444)
+                os.fsync(f.fileno())
+            os.link(aside, path)
+        except FileExistsError:
+            return False
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise HotstartError(f"no room in the store at {self._root}: free some space, or remove snapshots") from e
+            raise HotstartError(f"the store at {self._root} cannot be written: {e.strerror}") from e
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(aside)
+        _sync_folder(os.path.dirname(path))
+        return True
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Give the keys that begin with `prefix` and their sizes, sorted."""
+        found = []
+        top = os.path.dirname(os.path.join(self._root, prefix))
+        for folder, folders, files in os.walk(top):
+            folders[:] = [f for f in folders if not f.startswith(".")]
+            for name in files:
+                path = os.path.join(folder, name)
+                key = os.path.relpath(path, self._root)
+                if key.startswith(prefix):
+                    with suppress(FileNotFoundError):
+                        found.append((key, os.stat(path).st_size))
+        yield from sorted(found)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is fine."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._path(key))
+
+    def clear_leftovers(self) -> None:
+        """Remove what killed writers left aside."""
+        with suppress(FileNotFoundError):
+            for name in os.listdir(os.path.join(self._root, _ASIDE)):
+                pid = name.partition("-")[0]
+                if not os.path.exists(f"/proc/{pid}"):
+                    os.unlink(os.path.join(self._root, _ASIDE, name))
+
+
+def _sync_folder(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,74 @@
+"""The port to wherever published bytes live, and its in-memory implementation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Protocol
+
+from hotstart.errors import HotstartError
+
+_KEY = re.compile(r"(?!.*(?:^|/)\.)[A-Za-z0-9._/-]+")
+
+
+class Missing(HotstartError):
+    """There is no object of that key."""
+
+    exit_code = 3
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the store has no {key}")
+        self.key = key
+
+
+class Store(Protocol):
+    """Immutable objects under keys like 'packs/DIGEST'. Every implementation passes tests/store/conformance.py."""
+
+    def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return an object's bytes, or `length` of them from `offset`. Raises Missing; short only at its end."""
+
+    def write(self, key: str, data: bytes) -> bool:
+        """Create an object, all of it or nothing, durably. False: there is one already, and it stays as it is."""
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Give the keys that begin with `prefix` and their sizes, sorted."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is fine."""
+
+
+def check_key(key: str) -> str:
+    """Return the key if it can be a path below a store's root. Raises ValueError: keys are made by us, never by users."""
+    if not _KEY.fullmatch(key) or key.startswith("/") or key.endswith("/") or "//" in key:
+        raise ValueError(f"not a store key: {key!r}")
+    return key
+
+
+class MemoryStore:
+    """The store that is easiest to be sure of; tests compare the others with it."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+
+    def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return an object's bytes, or `length` of them from `offset`."""
+        try:
+            data = self._objects[check_key(key)]
+        except KeyError as e:
+            raise Missing(key) from e
+        return data[offset:] if length is None else data[offset : offset + length]
+
+    def write(self, key: str, data: bytes) -> bool:
+        """Create an object."""
+        if check_key(key) in self._objects:
+            return False
+        self._objects[key] = bytes(data)
+        return True
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Give the keys that begin with `prefix` and their sizes, sorted."""
+        yield from sorted((k, len(v)) for k, v in self._objects.items() if k.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is fine."""
+        self._objects.pop(check_key(key), None)

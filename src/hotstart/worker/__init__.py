@@ -1,0 +1,56 @@
+"""What a worker may import: where to checkpoint it, and what to do before and after. No dependencies, nothing of the rest.
+
+>>> from hotstart.worker import checkpoint, on_resume
+>>> on_resume(lambda identity: None)
+>>> checkpoint() is None   # outside a sandbox there is nothing to do
+True
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+
+Identity = Mapping[str, object]
+
+_FOLDER = "/run/hotstart"
+_POLL_S = 0.001
+_quiesce_hooks: list[Callable[[], None]] = []
+_resume_hooks: list[Callable[[Identity], None]] = []
+
+
+def on_quiesce(hook: Callable[[], None]) -> None:
+    """Call `hook` before a checkpoint: drop what need not be kept (caches, free pools), finish what is under way."""
+    _quiesce_hooks.append(hook)
+
+
+def on_resume(hook: Callable[[Identity], None]) -> None:
+    """Call `hook` with the new identity ({"name", "kind"}) once the worker goes on, here or as a replica."""
+    _resume_hooks.append(hook)
+
+
+def checkpoint() -> Identity | None:
+    """Say that the worker is ready, and stand still until it goes on: at once, or as a replica of its snapshot.
+
+    Returns who the worker is now, or None outside a sandbox. Quiesce hooks run before, in order; resume hooks after, in
+    reverse order.
+    """
+    if "HOTSTART_SANDBOX" not in os.environ:
+        return None
+    for quiesce in _quiesce_hooks:
+        quiesce()
+    identity_path = f"{_FOLDER}/identity"
+    if os.path.exists(identity_path):
+        os.unlink(identity_path)
+    with open(f"{_FOLDER}/ready", "w", encoding="utf-8"):
+        pass
+    while not os.path.exists(identity_path):
+        time.sleep(_POLL_S)
+    os.unlink(f"{_FOLDER}/ready")
+    with open(identity_path, encoding="utf-8") as f:
+        identity: Identity = json.load(f)
+    for resume in reversed(_resume_hooks):
+        resume(identity)
+    return identity
