@@ -5,11 +5,12 @@ oracle can come to the rescue, and this file looks at their memory itself.
 """
 
 import contextlib
-import mmap
 import os
 import random
 import re
 import shutil
+import subprocess
+import zlib
 from pathlib import Path
 
 from harness import (
@@ -28,8 +29,9 @@ from harness import (
     tiny,
 )
 
-SEED, BLOCK_BYTES = 2026, 32 << 20  # the tiny worker's memory
-INSIDE_THE_BLOCK = 16 << 20
+SEED, MEMORY_BYTES = 2026, 32 << 20  # of the tiny worker
+INSIDE = 16 << 20
+BLOCK = LARGE = 1 << 20
 
 
 def victim(bench):
@@ -41,7 +43,7 @@ def victim(bench):
         replica = hs.json("restore", "v", "--publish", "0")["replicas"][0]
         right(replica["address"])
         hs.forget(replica["name"])
-        shutil.copytree(hs.home, bench.work / "victim/good", symlinks=True)
+        copy(hs.home, bench.work / "victim/good")
         return hs
 
     return bench.shared("the snapshot to be damaged", make)
@@ -50,20 +52,59 @@ def victim(bench):
 def one_of_each_kind(folder):
     """The largest file of each kind: digests and numbers in a path do not make a kind."""
     kinds = {}
-    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.is_symlink() and p.stat().st_size):
+    for path in files_with_bytes(folder):
         kind = re.sub(r"[0-9a-f]{8,}|\d+", "*", str(path.relative_to(folder)))
-        kinds[kind] = max(kinds.get(kind, path), path, key=lambda p: p.stat().st_size)
+        kinds[kind] = max(kinds.get(kind, path), path, key=taken)
     return sorted(kinds.values())
 
 
+def files_with_bytes(folder, least=1):
+    return sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.is_symlink() and taken(p) >= least)
+
+
+def taken(path):
+    return path.stat().st_blocks * 512
+
+
+def blocks(path):
+    """Yield (offset, bytes) of all that is not zero: memory files are mostly holes, so they are never read whole."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        at = 0
+        while at < size:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA) // BLOCK * BLOCK
+            except OSError:  # only a hole is left
+                return
+            data = os.pread(file.fileno(), BLOCK, at)
+            if data.strip(b"\0"):
+                yield at, data
+            at += BLOCK
+
+
+def contents(path):
+    """A short stand-in for a file's bytes; None if there is no such file."""
+    if not path.exists():
+        return None
+    return path.stat().st_size, zlib.crc32(b"".join(b"%d %d " % (at, zlib.crc32(data)) for at, data in blocks(path)))
+
+
 def place_to_flip(path):
-    """Where the worker's block lies in the file, if it does; else a byte near the middle that is not zero."""
-    pattern = random.Random(SEED).randbytes(BLOCK_BYTES)[INSIDE_THE_BLOCK : INSIDE_THE_BLOCK + 64]
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    """Where the worker's memory lies in the file, if it does; else a byte near the middle that is not zero."""
+    pattern = random.Random(SEED).randbytes(MEMORY_BYTES)[INSIDE : INSIDE + 64]
+    for at, data in blocks(path):
         if (found := data.find(pattern)) >= 0:
-            return found
-        middle = len(data) // 2
-        return next((at for at in [*range(middle, len(data)), *range(middle)] if data[at]), middle)
+            return at + found
+    return middle_of(path)
+
+
+def middle_of(path):
+    """The offset of a byte that is not zero, about in the middle of those that are not in a hole."""
+    all_blocks = [at for at, _ in blocks(path)]
+    wanted = all_blocks[len(all_blocks) // 2]
+    data = next(data for at, data in blocks(path) if at == wanted)
+    middle = len(data) // 2
+    return wanted + next(at for at in [*range(middle, len(data)), *range(middle)] if data[at])
 
 
 def flip(path):
@@ -76,7 +117,11 @@ def flip(path):
 
 
 def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
+    os.truncate(path, middle_of(path))
+
+
+def copy(source, target):
+    subprocess.run(["cp", "-a", "--sparse=always", "-T", source, target], check=True)
 
 
 @contextlib.contextmanager
@@ -97,10 +142,10 @@ def heal(bench, hs):
     """Bring back the good bytes of all files that differ, in place where possible."""
     good = bench.work / "victim/good"
     for original in (p for p in good.rglob("*") if p.is_file()):
-        copy = hs.home / original.relative_to(good)
-        if not copy.exists() or copy.read_bytes() != original.read_bytes():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(original, copy)
+        present = hs.home / original.relative_to(good)
+        if contents(present) != contents(original):
+            present.parent.mkdir(parents=True, exist_ok=True)
+            copy(original, present)
 
 
 def restores_rightly(hs):
@@ -123,9 +168,9 @@ def harmed_and_seen(bench, place, how, also=None):
     for path in one_of_each_kind(hs.home / place):
         said = []
         with damaged(bench, hs, path, how):
-            bad = path.read_bytes() if path.exists() else None
+            bad = contents(path)
             verified = hs("snapshot", "verify", "v")
-            still = (path.read_bytes() if path.exists() else None) == bad
+            still = contents(path) == bad
             if verified.code == DONE and still:
                 said.append("verify passes it")
             elif verified.code not in (DONE, REFUSED):
@@ -172,7 +217,7 @@ def _(bench):
     hs = victim(bench)
     try:
         for place in ("store", "cache"):
-            for path in (p for p in (hs.home / place).rglob("*") if p.is_file() and p.stat().st_size >= 1 << 20):
+            for path in files_with_bytes(hs.home / place, LARGE):
                 flip(path)
         hs.refuses(REFUSED, "snapshot", "verify", "v")
         hs.refuses(REFUSED, "restore", "v", "--publish", "0")
@@ -192,7 +237,7 @@ def _(bench):
         expect(restores_rightly(hs), "refused, though the store is good")
         hs.forget_all()
         shutil.rmtree(hs.home / "cache")
-        for path in (p for p in (hs.home / "store").rglob("*") if p.is_file() and p.stat().st_size >= 1 << 20):
+        for path in files_with_bytes(hs.home / "store", LARGE):
             path.unlink()
         hs.refuses(REFUSED, "restore", "v", "--publish", "0")
         hs.refuses(REFUSED, "snapshot", "verify", "v")

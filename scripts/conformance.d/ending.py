@@ -3,7 +3,7 @@
 import time
 
 from harness import check, equal, expect
-from machine import Scene, leftovers
+from machine import Scene, bytes_in, leftovers
 
 
 @check("ten restores and stops later, no descriptor, file or process is more than after one")
@@ -32,7 +32,7 @@ def _(bench):
     expect(not left, f"left behind: {'; '.join(left[:8])}")
     named = [each for each in now.files if f"-{bench.marker[-4:]}-" in each]
     expect(not named, f"files of what was removed: {named[:8]}")
-    used = sum(each.stat().st_size for each in bench.hs.home.rglob("*") if each.is_file())
+    used = bytes_in(bench.hs.home)
     expect(used < 1 << 20, f"the empty home still takes {used} bytes")
 
 

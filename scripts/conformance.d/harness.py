@@ -330,7 +330,7 @@ class Bench:
 
         def make():
             name, port, into = self.name("running"), free_port(), self.work / "writable"
-            into.mkdir()
+            into.mkdir(exist_ok=True)
             self.hs.ok("run", name, *SERVES, "--publish", port, "--env", "ADDED=yes, added", "--writable", into, *tiny(),
                        env={"INHERITED": "from the caller"})
             return name, f"127.0.0.1:{port}"

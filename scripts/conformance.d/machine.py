@@ -65,6 +65,11 @@ def files_under(folder):
     return {os.path.join(at, name) for at, folders, files in os.walk(folder) for name in folders + files}
 
 
+def bytes_in(folder):
+    """What the files below take on the disk: memory files have holes."""
+    return sum(os.lstat(path).st_blocks * 512 for path in files_under(folder) if not os.path.isdir(path))
+
+
 def empty_cgroups():
     """Control groups of Hotstart's that hold no process; one that does hold some is someone's, or shows as a process."""
     found = (at for at, inner, _ in os.walk("/sys/fs/cgroup") if "hotstart" in at and not inner and not members(at))

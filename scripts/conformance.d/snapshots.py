@@ -4,7 +4,7 @@ import os
 import shutil
 
 from harness import MISSING, SERVES, WARM, answers, ask, check, equal, eventually, expect, right, shape, tiny
-from machine import files_under
+from machine import bytes_in, files_under
 
 CREATED = {"snapshot": str, "digest": str, "logical_bytes": int, "stored_bytes": (int, type(None)), "frozen_s": float,
            "usable_s": float, "total_s": float}
@@ -29,23 +29,22 @@ def _(bench):
 def _(bench):
     stored = bench.tiny["stored_bytes"]
     expect(isinstance(stored, int) and 30 << 20 < stored < 80 << 20, f"stored_bytes is {stored}")
-    on_disk = sum(os.stat(os.path.join(at, name)).st_blocks * 512 for at, _, names in os.walk(bench.hs.home / "store")
-                  for name in names)
+    on_disk = bytes_in(bench.hs.home / "store")
     expect(on_disk >= stored * 0.9, f"the store holds {on_disk} bytes, stored_bytes is {stored}")
 
 
 @check("snapshot create --from --keep leaves the worker serving; without it the worker is gone")
 def _(bench):
-    with bench.worker(*WARM) as (name, address):
+    with bench.worker() as (name, address):
         ask(address, "/count", {})
         before, entry = ask(address, "/state"), bench.hs.entry(name)
-        one = bench.hs.ok("snapshot", "create", bench.name("s"), "--from", name, "--keep", "--json")
+        one = bench.hs.ok("snapshot", "create", bench.name("s"), "--from", name, *WARM, "--keep", "--json")
         documented(one.json(), one.wall_s)
         equal(ask(address, "/state")["start"], before["start"], "the worker")
         right(address)
         equal(bench.hs.entry(name), entry, "its entry in ps")
         ask(address, "/count", {})
-        two = bench.hs.ok("snapshot", "create", bench.name("s"), "--from", name, "--json")
+        two = bench.hs.ok("snapshot", "create", bench.name("s"), "--from", name, *WARM, "--json")
         documented(two.json(), two.wall_s)
         expect(not answers(address), "it still answers without --keep")
         gone = bench.hs.entry(name)

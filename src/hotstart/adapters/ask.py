@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import time
 
+from hotstart.adapters.http import NoAnswerError, ask
 from hotstart.adapters.linux.sandbox import dial
 from hotstart.errors import HotstartError
 from hotstart.snapshot.warmup import Answer, Request
@@ -18,8 +19,6 @@ class DoorAsker:
 
     def ask(self, door_path: str, port: int, request: Request, timeout_s: float) -> Answer:
         """Return the whole answer. Raises HotstartError if none comes."""
-        from hotstart.adapters.http import NoAnswerError, ask
-
         try:
             return ask(dial(door_path, port, timeout_s), request, timeout_s)
         except (NoAnswerError, OSError) as e:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, structs
 
 import hotstart
 from hotstart.adapters.criu.dumper import CriuDumper
@@ -32,8 +33,7 @@ _WARMUP_TIMEOUT_S = 600.0
 REGIONS = "regions.json"
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotOptions:
+class SnapshotOptions(Struct, frozen=True):
     """How a snapshot is taken.
 
     `warmup` requests are sent first, the last one's answer is the oracle. `fold=False` dumps plainly, as CRIU alone does.
@@ -46,8 +46,7 @@ class SnapshotOptions:
     wait_stored: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotTaken:
+class SnapshotTaken(Struct, frozen=True):
     """Seconds since the snapshot was asked for: worker ready and warm, restorable here, everything done; and how long it stood.
 
     `stored_bytes` is what it added to the store, None until it is packed; `fold_refused` why memory is not mapped, if so.
@@ -216,7 +215,7 @@ def _capture(
         root_pid=state.root_pid,
         log_pipe=captured.log_pipe,
         processes=tuple(
-            replace(
+            structs.replace(
                 process,
                 memory_file=f"{state.memory_id}/{by_pid[pid].memory_file}" if pid in by_pid and by_pid[pid].memory_file else None,
                 strategy="mapped" if pid in by_pid else "copied",
@@ -241,7 +240,7 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) 
     missing = mapped - known.keys()
     if missing:
         raise HotstartError(f"{state.name} has mapped memory of a snapshot that was removed: restore it again from one that exists")
-    return [replace(known[name], index="") for name in sorted(mapped)]
+    return [structs.replace(known[name], index="") for name in sorted(mapped)]
 
 
 def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, progressing: Progressing) -> LocalSnapshot:
@@ -252,7 +251,7 @@ def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, progressing: Prog
     (replica,) = hotstart_.restore(local.manifest.name)
     hotstart_.remove(replica.name, force=True)
     receipt = replica.receipt
-    local.manifest = replace(local.manifest, recorded=RecordedRestore(receipt.resumed_s, receipt.first_answer_s))
+    local.manifest = structs.replace(local.manifest, recorded=RecordedRestore(receipt.resumed_s, receipt.first_answer_s))
     local.save()
     return local
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from urllib.parse import urlsplit
 
 from hotstart.adapters.ask import DoorAsker
 from hotstart.adapters.criu.program import Criu, find_criu
@@ -23,7 +21,7 @@ from hotstart.errors import BadUsage, Damaged, HotstartError, MachineLacks, NotF
 from hotstart.restore.plan import NodeFacts, Plan, make_plan
 from hotstart.snapshot.manifest import Manifest
 from hotstart.snapshot.warmup import Request
-from hotstart.snapshot.worker import SUPPORT_FOLDER, WorkerSpec, check_name
+from hotstart.snapshot.worker import PRIVATE_FOLDERS, SUPPORT_FOLDER, WorkerSpec, check_name
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.local import LocalSnapshot, LocalSnapshots, Progress, no_progress
 
@@ -93,6 +91,8 @@ class Hotstart:
         if os.path.exists(f"/proc/{starting.sandbox.init_pid}/root{SUPPORT_FOLDER}/ready"):
             return True
         if worker.ready_url:
+            from urllib.parse import urlsplit
+
             url = urlsplit(worker.ready_url)
             path = (url.path or "/") + (f"?{url.query}" if url.query else "")
             with suppress(HotstartError):
@@ -209,18 +209,17 @@ class Hotstart:
         manifest = self.manifest(name)
         return make_plan(manifest, self.node_facts(manifest))
 
-    def node_facts(self, manifest: Manifest, *, with_residency: bool = True) -> NodeFacts:
+    def node_facts(self, manifest: Manifest) -> NodeFacts:
         """Gather what a plan needs to know of this machine."""
         from hotstart.adapters.linux.host import file_facts, free_memory_bytes, host_fingerprint
         from hotstart.adapters.linux.node import read_bandwidth
+        from hotstart.adapters.linux.pagecache import resident_part
 
         resident: dict[str, int | None] = {}
-        if with_residency:
-            from hotstart.adapters.linux.pagecache import resident_bytes
-
-            for memory in manifest.memory:
-                with suppress(OSError):
-                    resident[memory.name] = resident_bytes(os.path.join(self.snapshots.memory_root, memory.name))
+        for memory in manifest.memory:
+            with suppress(OSError):
+                part = resident_part(os.path.join(self.snapshots.memory_root, memory.name), memory.data_end)
+                resident[memory.name] = None if part is None else int(part * memory.data_bytes)
         return NodeFacts(
             host=host_fingerprint(self.criu_version()),
             free_memory_bytes=free_memory_bytes(),
@@ -313,6 +312,8 @@ class Hotstart:
         """Keep the cache that a CRIU has just made in a sandbox."""
         with suppress(OSError):
             if not os.path.exists(self.kdat_path()):
+                import shutil
+
                 shutil.copyfile(f"/proc/{init_pid}/root/run/{KDAT}", f"{self.kdat_path()}.aside")
                 os.replace(f"{self.kdat_path()}.aside", self.kdat_path())
 
@@ -326,12 +327,14 @@ class Hotstart:
         return os.path.join(folder, f"{name}.log")
 
     def memory_bytes(self, name: str) -> dict[str, int]:
-        """Memory of a worker's or replica's tree in bytes: its proportional share (pss) and what is its own (private)."""
+        """Memory of a worker or replica in bytes: all that it has resident (rss), its share (pss), what only it has (own).
+
+        `own` is anonymous memory and what its private folders hold; pages of the memory file that it merely reads are not.
+        """
         _, state = self.find(name)
-        total = {"pss": 0, "private": 0, "rss": 0}
-        for pid in tree(state.host_root_pid()):
-            m = memory_bytes(pid)
-            total["pss"] += m.get("Pss", 0)
-            total["rss"] += m.get("Rss", 0)
-            total["private"] += m.get("Private_Clean", 0) + m.get("Private_Dirty", 0)
-        return total
+        of_all = [memory_bytes(pid) for pid in tree(state.host_root_pid())]
+        total = {"rss": "Rss", "pss": "Pss", "anonymous": "Pss_Anon", "shared": "Pss_Shmem"}
+        sums = {key: sum(m.get(field, 0) for m in of_all) for key, field in total.items()}
+        root = f"/proc/{state.init_pid}/root"
+        folders = sum((st.f_blocks - st.f_bfree) * st.f_frsize for st in (os.statvfs(root + f) for f in PRIVATE_FOLDERS))
+        return {"rss": sums["rss"], "pss": sums["pss"], "own": sums["anonymous"] + max(sums["shared"], folders)}

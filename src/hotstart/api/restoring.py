@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, json
 
 from hotstart.adapters.criu.program import LOG_FD, why_it_failed
 from hotstart.adapters.linux.cgroups import make_cgroups, remove_cgroups
@@ -21,7 +21,6 @@ from hotstart.errors import BadUsage, HotstartError, Refused
 from hotstart.restore.execute import Replica, finish_replica, start_replicas
 from hotstart.restore.plan import Plan
 from hotstart.restore.receipt import Receipt, measure_stages
-from hotstart.snapshot.codec import to_plain
 from hotstart.snapshot.layout import MEMORY_FOLDER
 from hotstart.snapshot.sandbox import Bind, SandboxSpec
 from hotstart.snapshot.worker import SUPPORT_FOLDER
@@ -34,8 +33,7 @@ if TYPE_CHECKING:
 KDAT = "criu.kdat"
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(Struct, frozen=True):
     """A replica that answers (or, if nobody asked it, is resumed)."""
 
     name: str
@@ -185,8 +183,8 @@ class RestoringReplicas:
         sandbox = replica.running
         hotstart.keep_kdat(sandbox.init_pid)
         receipt = self._receipt(replica)
-        with open(folder.file("receipt.json"), "w", encoding="utf-8") as f:
-            json.dump(to_plain(receipt), f)
+        with open(folder.file("receipt.json"), "wb") as f:
+            f.write(json.encode(receipt))
         state = SandboxState(
             name=folder.name,
             kind="replica",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import time
 from contextlib import ExitStack, suppress
@@ -57,9 +56,11 @@ class StartingWorker:
 
     def launch(self) -> None:
         """Start the sandbox and the command. Raises HotstartError, BadUsage."""
+        from shutil import which
+
         worker, name = self.worker, self.folder.name
         self.log_path = self._hotstart.log_path(name)
-        program = shutil.which(worker.command[0], path=worker.environment.get("PATH", os.defpath))
+        program = which(worker.command[0], path=worker.environment.get("PATH", os.defpath))
         if program is None and not os.path.exists(os.path.join(worker.cwd, worker.command[0])):
             raise BadUsage(f"no program {worker.command[0]}: is the path right?")
         with suppress(FileNotFoundError):

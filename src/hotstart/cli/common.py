@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -51,7 +50,9 @@ def process_start() -> float:
 
 def print_json(value: object) -> None:
     """Print a value as JSON."""
-    print(json.dumps(value, indent=2))
+    from msgspec import json
+
+    print(json.format(json.encode(value)).decode())
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -132,7 +133,7 @@ def worker_spec(options: argparse.Namespace, command: list[str]) -> WorkerSpec:
         raise BadUsage("--ready-timeout and --cpus must be more than 0")
     if options.ready_url and not options.ready_url.startswith("http://"):
         raise BadUsage(f"--ready-url takes http://..., not {options.ready_url!r}")
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if _is_utf8(name + value)}
     for entry in options.env:
         name, equals, value = entry.partition("=")
         if not equals or not name:
@@ -158,6 +159,14 @@ def worker_spec(options: argparse.Namespace, command: list[str]) -> WorkerSpec:
         writable=tuple(writable),
         visible=host_folders_below_private(cwd, tuple(command), (find_criu().path,)),
     )
+
+
+def _is_utf8(text: str) -> bool:
+    """Say whether a variable can be kept in a snapshot's document; the few that cannot are left out."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def parse_size(text: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from msgspec import json
 
 from hotstart.cli.common import open_hotstart, parser, print_json, print_table, seconds
 from hotstart.errors import NotFound
@@ -18,7 +18,7 @@ def main(arguments: list[str], _entered: float) -> int:
     folder, _ = open_hotstart().find(options.replica)
     try:
         with open(folder.file("receipt.json"), "rb") as f:
-            receipt = json.load(f)
+            receipt = json.decode(f.read())
     except FileNotFoundError as e:
         raise NotFound(f"{options.replica} is a worker, not a replica: it was never restored") from e
     if options.json:

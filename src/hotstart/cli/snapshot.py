@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
+
+from msgspec import json
 
 from hotstart.cli.common import (
     Parser,
@@ -188,7 +189,7 @@ def _inspect(arguments: list[str]) -> int:
     if options.memory:
         local = hotstart.local_snapshot(options.name, note=say)
         with open(local.path(REGIONS), "rb") as f:
-            regions = json.load(f)
+            regions = json.decode(f.read())
         if options.json:
             print_json(regions)
             return 0

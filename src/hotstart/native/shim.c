@@ -82,8 +82,9 @@ static size_t whole_pages(size_t bytes)
 
 /* ---- which areas are ours ----------------------------------------------------------------------------------- */
 
+enum { TEXT_BYTES = 512 }; /* on the stack, which may be a signal handler's */
 struct area { uintptr_t start, end; int prot; bool ours, anonymous; };
-struct maps { long fd; bool as_text; size_t next, filled; char text[512]; };
+struct maps { long fd; bool as_text; size_t next, filled; char *text; };
 
 /* Only "certainly not folded" is asked again; the other answer holds until exec, for replicas too. */
 static bool folded(void)
@@ -103,16 +104,11 @@ static bool is_our_name(const char *name)
 /* The area that covers `at` or the next one: 1 found, 0 none, -1 the kernel cannot tell this way. */
 static int query_area(struct maps *m, uintptr_t at, struct area *a)
 {
-	char name[320]; /* more than any memory file's path needs; a longer one is not ours */
+	char name[320]; /* more than any memory file's path needs; a longer one (ENAMETOOLONG) is left to the text */
 	struct procmap_query q = {.size = sizeof q, .query_flags = COVERING_OR_NEXT_AREA, .query_addr = at,
 				  .vma_name_size = sizeof name, .vma_name_addr = (uintptr_t)name};
 	name[0] = 0;
 	long r = kernel(SYS_ioctl, m->fd, PROCMAP_QUERY, (long)&q, 0, 0);
-	if (r == -ENAMETOOLONG) {
-		q.vma_name_size = 0;
-		q.vma_name_addr = 0;
-		r = kernel(SYS_ioctl, m->fd, PROCMAP_QUERY, (long)&q, 0, 0);
-	}
 	if (r < 0) return r == -ENOENT ? 0 : -1;
 	bool private = !(q.vma_flags & AREA_IS_SHARED);
 	*a = (struct area){q.vma_start, q.vma_end, (int)(q.vma_flags & 7), private && q.inode && is_our_name(name),
@@ -124,7 +120,7 @@ static bool read_line(struct maps *m, char *line, size_t size)
 {
 	for (size_t n = 0;;) {
 		if (m->next == m->filled) {
-			long r = kernel(SYS_read, m->fd, (long)m->text, sizeof m->text, 0, 0);
+			long r = kernel(SYS_read, m->fd, (long)m->text, TEXT_BYTES, 0, 0);
 			if (r <= 0) return false;
 			m->next = 0;
 			m->filled = (size_t)r;
@@ -169,15 +165,16 @@ static int scan_area(struct maps *m, uintptr_t at, struct area *a)
 	return 0;
 }
 
-/* Calls visit for every area of [start, end), cut to it, until one fails; -ENOMEM in the end if there was a hole, as
- * madvise has it. Also -ENOMEM if there is no /proc to ask: success with old bytes in the memory would be worse.
+/* Calls visit for every area of [start, end), cut to it, until one fails; 1 if there was a hole. -ENOMEM, which madvise and
+ * mremap document, if there is no /proc to ask or nothing in it: success with old bytes in the memory would be worse.
  * /proc/self and not /proc/thread-self: a dump that strikes now restores descriptors before it makes threads.
  * The descriptor is not kept: the worker may close it, and in a child it would go on to show the parent. */
 static long walk(uintptr_t start, uintptr_t end, long (*visit)(const struct area *, void *), void *context)
 {
-	struct maps maps = {.fd = kernel(SYS_openat, AT_FDCWD, (long)"/proc/self/maps", O_RDONLY | O_CLOEXEC, 0, 0)};
+	char text[TEXT_BYTES];
+	struct maps maps = {.text = text, .fd = kernel(SYS_openat, AT_FDCWD, (long)"/proc/self/maps", O_RDONLY | O_CLOEXEC, 0, 0)};
 	struct area a;
-	long result = 0, r = 0;
+	long hole = 0, r = 0;
 	if (maps.fd < 0) return -ENOMEM;
 	for (uintptr_t at = start; at < end && r == 0; at = a.end) {
 		int found = maps.as_text ? -1 : query_area(&maps, at, &a);
@@ -185,14 +182,15 @@ static long walk(uintptr_t start, uintptr_t end, long (*visit)(const struct area
 			maps.as_text = true;
 			found = scan_area(&maps, at, &a);
 		}
-		if (!found || a.start > at) result = -ENOMEM;
-		if (!found || a.start >= end) break;
+		if (!found) { r = -ENOMEM; break; }
+		if (a.start > at) hole = 1;
+		if (a.start >= end) break;
 		if (a.start < at) a.start = at;
 		if (a.end > end) a.end = end;
 		r = visit(&a, context);
 	}
 	kernel(SYS_close, maps.fd, 0, 0, 0, 0);
-	return r ? r : result;
+	return r ? r : hole;
 }
 
 /* ---- madvise ------------------------------------------------------------------------------------------------ */
@@ -285,10 +283,11 @@ static long advise(uintptr_t start, size_t length, int advice)
 	if (kernel_was_right(advice, r) || !folded()) return r;
 	if (start != whole_pages(start) || end <= start) return r;
 	struct advising again = {advice, .others_done = r == 0 || r == -ENOMEM}; /* else it stopped at the first that failed */
-	return walk(start, end, advise_area, &again);
+	r = walk(start, end, advise_area, &again);
+	return r > 0 ? -ENOMEM : r;
 }
 
-__attribute__((visibility("default"))) int madvise(void *address, size_t length, int advice)
+int madvise(void *address, size_t length, int advice)
 {
 	long r = advise((uintptr_t)address, length, advice);
 	if (r >= 0) return (int)r;
@@ -359,12 +358,12 @@ static long remap(uintptr_t old, size_t old_length, size_t new_length, int flags
 
 	uintptr_t stale = grown ? (uintptr_t)new + old_length : old;
 	long r = walk(stale, stale + (grown ? new_length - old_length : old_length), discard_ours, 0);
-	if (r == 0) return new;
+	if (r >= 0) return new; /* since 6.17 there may be holes in what moves */
 	raw_mremap((uintptr_t)new, new_length, old_length, (uintptr_t)new == old ? 0 : MREMAP_MAYMOVE | MREMAP_FIXED, old);
 	return r;
 }
 
-__attribute__((visibility("default"))) void *mremap(void *old_address, size_t old_length, size_t new_length, int flags, ...)
+void *mremap(void *old_address, size_t old_length, size_t new_length, int flags, ...)
 {
 	va_list rest;
 	va_start(rest, flags);

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from hotstart.errors import HotstartError
 from hotstart.snapshot.sandbox import Sandbox, Sandboxes, SandboxSpec
@@ -25,8 +26,7 @@ class Asker(Protocol):
         """Wait until something accepts connections at the port. Raises HotstartError."""
 
 
-@dataclass(slots=True)
-class Replica:
+class Replica(Struct):
     """A replica that is being started, and when it reached what (CLOCK_MONOTONIC seconds)."""
 
     name: str

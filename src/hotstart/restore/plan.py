@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from hotstart.snapshot.manifest import HostFingerprint, Manifest, NeededFile
 
 _DIRTIED_PART = 20  # a replica's own memory was below 3 % of the worker in every engine measured; keep 5 % free
 
 
-@dataclass(frozen=True, slots=True)
-class FileFact:
+class FileFact(Struct, frozen=True):
     """What stands at a path now. `is_elf`: CRIU compares build ids itself, so that a newer date alone means nothing."""
 
     size_bytes: int
@@ -19,8 +19,7 @@ class FileFact:
     is_elf: bool
 
 
-@dataclass(frozen=True, slots=True)
-class NodeFacts:
+class NodeFacts(Struct, frozen=True):
     """What a plan needs to know of this machine. Bandwidth in bytes per second; None: not measured yet."""
 
     host: HostFingerprint
@@ -31,8 +30,7 @@ class NodeFacts:
     local: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessPlan:
+class ProcessPlan(Struct, frozen=True):
     """How one process's memory comes back, and why."""
 
     pid: int
@@ -44,8 +42,7 @@ class ProcessPlan:
     resident_bytes: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """What a restore will do. `refusals` are reasons why it must not be tried here; times in seconds, None: unknown."""
 
     snapshot: str

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 # What hotstart-init reports, in order, and the stage that ends there.
 _INIT_STAGES = (("namespaces", "namespaces"), ("mounts", "mounts"), ("files", "files"), ("started", "init"), ("restored", "criu"))
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Struct, frozen=True):
     """Seconds of each stage, in order; they add up to `total_s`, with what no stage accounts for as the last one.
 
     The clock starts when the restore was asked for and ends at the first correct answer, or at the resume if nobody asked.

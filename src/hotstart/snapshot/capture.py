@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from hotstart.errors import FoldRefused, HotstartError
 from hotstart.snapshot.layout import MEMORY_FOLDER, Layout
@@ -20,8 +21,7 @@ from hotstart.snapshot.worker import PRIVATE_FOLDERS, SUPPORT_FOLDER
 NOT_OF_THE_SNAPSHOT = frozenset({"/run/criu.kdat", MEMORY_FOLDER, f"{SUPPORT_FOLDER}/capture", f"{SUPPORT_FOLDER}/identity"})
 
 
-@dataclass(frozen=True, slots=True)
-class FoldedProcess:
+class FoldedProcess(Struct, frozen=True):
     """One process after a fold: pid inside, its memory file (None: nothing was worth mapping), where its areas went."""
 
     pid: int
@@ -61,8 +61,7 @@ class FilePacker(Protocol):
         """Write everything below `folders` to a file pack at `out`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(Struct, frozen=True):
     """A running worker: host pids of the sandbox's first process and of the root; its folder for memory files.
 
     `memory_id` names that folder for good; inside it is MEMORY_FOLDER/memory_id.
@@ -75,8 +74,7 @@ class Source:
     generation: str
 
 
-@dataclass(frozen=True, slots=True)
-class Captured:
+class Captured(Struct, frozen=True):
     """What a capture gave; `refused` says why memory was not folded, if it was not. Times are CLOCK_MONOTONIC seconds."""
 
     folded: tuple[FoldedProcess, ...]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 PAGE_BYTES = 4096
 HUGE_BYTES = 2 << 20
@@ -48,8 +49,7 @@ _AREA = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Area:
+class Area(Struct, frozen=True):
     """One mapping: [start, end) with its protection ('rw-p'), backing, private bytes present or swapped, and VmFlags."""
 
     start: int
@@ -67,8 +67,7 @@ class Area:
         return self.end - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(Struct, frozen=True):
     """An area that is mapped from the memory file at `offset`."""
 
     area: Area
@@ -82,16 +81,14 @@ class Placed:
         return sum(bit for letter, bit in (("r", 1), ("w", 2), ("x", 4)) if letter in self.area.protection)
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Struct, frozen=True):
     """An area that stays with CRIU, and why."""
 
     area: Area
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """One process's memory file: placements in address order and the end of the last one; the file is `size_bytes` long."""
 
     placed: tuple[Placed, ...]
@@ -117,7 +114,7 @@ def parse_smaps(text: bytes) -> list[Area]:
             protection=protection.decode(),
             offset=int(offset, 16),
             inode=int(inode),
-            path=path.decode(errors="surrogateescape"),
+            path=path.decode(errors="replace"),
             private_bytes=(int(anonymous) + int(swap)) * 1024,
             flags=frozenset(flags.decode().split()),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from hotstart.errors import Damaged, Refused
 from hotstart.snapshot.codec import IllFormedError, decode, encode
@@ -14,8 +15,7 @@ FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 CHUNK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class HostFingerprint:
+class HostFingerprint(Struct, frozen=True):
     """The machine that a snapshot was taken on. `cpu_features` are the flags of /proc/cpuinfo, sorted."""
 
     architecture: str
@@ -25,8 +25,7 @@ class HostFingerprint:
     criu: str
 
 
-@dataclass(frozen=True, slots=True)
-class NeededFile:
+class NeededFile(Struct, frozen=True):
     """A file outside the snapshot that the processes have mapped or open; what is mapped must not have changed."""
 
     path: str
@@ -34,8 +33,7 @@ class NeededFile:
     mtime_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(Struct, frozen=True):
     """One process of the tree: pid inside, command name, how its memory comes back ('mapped' or 'copied')."""
 
     pid: int
@@ -45,8 +43,7 @@ class Process:
     strategy: str
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(Struct, frozen=True):
     """A file of the snapshot: a CRIU image, the file pack, an index. `chunks` are BLAKE3 digests of each MiB, in hex."""
 
     path: str
@@ -54,8 +51,7 @@ class File:
     chunks: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryFile:
+class MemoryFile(Struct, frozen=True):
     """A process's memory as a mappable file: 'ID/N.mem'; `index` is the snapshot file that lists its extents.
 
     `size_bytes` is its length with the sparse tail, `data_bytes` what is neither hole nor tail.
@@ -68,16 +64,14 @@ class MemoryFile:
     index: str
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedRestore:
+class RecordedRestore(Struct, frozen=True):
     """What the first restore took, page cache warm: seconds from asked for to resumed, and to the first correct answer."""
 
     resumed_s: float
     first_answer_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """A snapshot. Immutable; its digest names it for good, `name` is for people."""
 
     name: str
@@ -95,7 +89,7 @@ class Manifest:
     oracle: Oracle | None = None
     recorded: RecordedRestore | None = None
     format: str = FORMAT
-    format_version: tuple[int, int] = field(default=(FORMAT_MAJOR, FORMAT_MINOR))
+    format_version: tuple[int, int] = (FORMAT_MAJOR, FORMAT_MINOR)
 
     def to_bytes(self) -> bytes:
         """Return the canonical document; its BLAKE3 digest is the snapshot's."""
@@ -116,7 +110,6 @@ def parse_manifest(data: bytes) -> Manifest:
         raise Damaged(f"the manifest is damaged ({e})") from e
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
+class _Head(Struct, frozen=True):
     format: str
     format_version: tuple[int, int]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class Bind:
+
+class Bind(Struct, frozen=True):
     """A host path that is seen at `target` inside."""
 
     source: str
@@ -17,8 +17,7 @@ class Bind:
     writable: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SandboxSpec:
+class SandboxSpec(Struct, frozen=True):
     """Everything that one sandbox is made from. Paths are the host's unless they are targets.
 
     With `restored_log_fd` the program is CRIU: it gets the log pipe as that descriptor, and the root is what it restores.
@@ -38,7 +37,7 @@ class SandboxSpec:
     listeners: tuple[tuple[socket.socket, int], ...] = ()
     cgroups: tuple[str, ...] = ()
     restored_log_fd: int | None = None
-    keep_fds: tuple[int, ...] = field(default=())
+    keep_fds: tuple[int, ...] = ()
 
 
 class Sandbox(Protocol):

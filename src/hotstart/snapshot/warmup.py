@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import DecodeError, Struct, field, json
 
 from hotstart.errors import BadUsage
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """One HTTP request to a worker."""
 
     method: str
@@ -20,16 +19,14 @@ class Request:
     body: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What came back: status and whole body."""
 
     status: int
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Oracle:
+class Oracle(Struct, frozen=True):
     """A request and the answer that the warm worker gave: a replica that answers otherwise is not right."""
 
     request: Request
@@ -50,8 +47,8 @@ def comparable(body: bytes, ignore: Iterable[str]) -> object:
     {'text': 'hi'}
     """
     try:
-        return _without(json.loads(body), frozenset(ignore))
-    except ValueError:
+        return _without(json.decode(body), frozenset(ignore))
+    except (DecodeError, UnicodeDecodeError):
         return body
 
 
@@ -73,10 +70,10 @@ def parse_warmup(text: str, source: str) -> list[Request]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = json.decode(line)
             headers = {str(k): str(v) for k, v in (entry.get("headers") or {}).items()}
             requests.append(_request(entry, headers))
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
+        except (DecodeError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise BadUsage(f'{source}:{number}: not a warm-up line ({e}); write {{"method", "path", "headers", "body"}}') from e
     return requests
 
@@ -88,7 +85,7 @@ def _request(entry: Mapping[str, Any], headers: dict[str, str]) -> Request:
     elif isinstance(body, str):
         data = body.encode()
     else:
-        data = json.dumps(body).encode()
+        data = json.encode(body)
         if not any(k.lower() == "content-type" for k in headers):
             headers["content-type"] = "application/json"
     path = str(entry["path"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from hotstart.errors import BadUsage
 
@@ -15,8 +16,7 @@ PRIVATE_FOLDERS = ("/run", "/tmp", "/dev/shm")
 SUPPORT_FOLDER = "/run/hotstart"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
+class WorkerSpec(Struct, frozen=True):
     """How a worker is started and reached.
 
     Sizes in bytes, times in seconds, `cpus` in cores; `port` is what it listens on inside. `ready_url` is asked inside.

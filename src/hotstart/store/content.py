@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 
+from msgspec import Struct
 from blake3 import blake3
 
 from hotstart.errors import Damaged
@@ -26,8 +26,7 @@ def _zero_digest(length: int) -> str:
     return digest_of(bytes(length))
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(Struct, frozen=True):
     """Bytes of a memory file that are not a hole: offset and length in bytes, BLAKE3 digest in hex."""
 
     offset: int

@@ -7,13 +7,12 @@ not is verified by digest, sealed anew if it is right, and refused if it is not.
 from __future__ import annotations
 
 import fcntl
-import json
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+
+from msgspec import MsgspecError, Struct, json, structs
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
 from hotstart.snapshot.manifest import CHUNK_BYTES, File, Manifest, MemoryFile, parse_manifest
@@ -29,8 +28,7 @@ def no_progress(_bytes: int) -> None:
     """Report to nobody."""
 
 
-@dataclass(slots=True)
-class LocalSnapshot:
+class LocalSnapshot(Struct):
     """One snapshot's folder, its manifest, and the folder that holds all memory files."""
 
     folder: str
@@ -72,14 +70,14 @@ class LocalSnapshot:
         """Remember every file as it is now. The caller has just made or verified them."""
         seals: dict[str, object] = {name: _identity(path) for name, path in self._sealed_paths()}
         seals["digest"] = self.digest()
-        write_durably(self.path(SEALS), json.dumps(seals).encode())
+        write_durably(self.path(SEALS), json.encode(seals))
 
     def check(self) -> None:
         """Make sure that nothing changed since it was sealed; verify what did. Raises Damaged."""
         try:
             with open(self.path(SEALS), "rb") as f:
-                seals = json.load(f)
-        except (OSError, ValueError):
+                seals = json.decode(f.read(), type=dict[str, str | list[int]])
+        except (OSError, MsgspecError, UnicodeDecodeError):
             seals = {}
         changed = [name for name, path in self._sealed_paths() if seals.get(name) != _identity(path)]
         if not changed:
@@ -148,8 +146,8 @@ class LocalSnapshot:
             write_durably(self.path(index), encode_index(extents))
             files = [file for file in files if file.path != index]
             files.append(describe_file(self.folder, index))
-            memories.append(replace(memory, index=index, data_bytes=sum(e.length for e in extents)))
-        self.manifest = replace(self.manifest, files=tuple(files), memory=tuple(memories))
+            memories.append(structs.replace(memory, index=index, data_bytes=sum(e.length for e in extents)))
+        self.manifest = structs.replace(self.manifest, files=tuple(files), memory=tuple(memories))
         self.save()
 
     def save(self) -> None:
@@ -195,7 +193,7 @@ class LocalSnapshots:
         doomed = os.path.join(self.root, f".{name}.removed-{os.urandom(4).hex()}")
         with suppress(FileNotFoundError):
             os.rename(folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove_tree(doomed)
 
     def memory_files(self) -> set[str]:
         """Return every memory file that a snapshot here has. Raises Damaged if a manifest cannot be read."""
@@ -206,7 +204,7 @@ class LocalSnapshots:
         with suppress(FileNotFoundError):
             for entry in os.listdir(self.root):
                 if entry.startswith(".") and ".removed-" in entry:
-                    shutil.rmtree(os.path.join(self.root, entry), ignore_errors=True)
+                    _remove_tree(os.path.join(self.root, entry))
                 elif entry.startswith(".") and entry.endswith(".lock"):
                     _remove_if_unlocked(os.path.join(self.root, entry))
         try:
@@ -222,7 +220,7 @@ class LocalSnapshots:
                     if file != ".lock" and f"{memory_id}/{file}" not in kept:
                         os.unlink(os.path.join(folder, file))
                 if not [f for f in os.listdir(folder) if f != ".lock"]:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove_tree(folder)
 
 
 class PartialSnapshot:
@@ -240,14 +238,14 @@ class PartialSnapshot:
             os.close(self.lock_fd)
             raise BadUsage(f"snapshot {name} is being made by another command: wait for it, or choose another name") from e
         self.folder = os.path.join(root, f".{name}.partial")
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove_tree(self.folder)
         os.mkdir(self.folder)
 
     def __enter__(self) -> PartialSnapshot:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove_tree(self.folder)
         with suppress(FileNotFoundError):
             os.unlink(self._lock_path)
         os.close(self.lock_fd)
@@ -263,6 +261,12 @@ class PartialSnapshot:
             raise BadUsage(f"there is a snapshot {self.name} already: choose another name") from e
         _sync(self._root)
         return LocalSnapshot(folder, self._memory_root, manifest)
+
+
+def _remove_tree(path: str) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_locked(path: str) -> bool:
@@ -281,7 +285,7 @@ def _is_locked(path: str) -> bool:
 
 def _remove_if_unlocked(lock_path: str) -> None:
     if not _is_locked(lock_path):
-        shutil.rmtree(lock_path.removesuffix(".lock") + ".partial", ignore_errors=True)
+        _remove_tree(lock_path.removesuffix(".lock") + ".partial")
         with suppress(FileNotFoundError):
             os.unlink(lock_path)
 

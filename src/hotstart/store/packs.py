@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from hotstart.errors import Damaged
 from hotstart.store.content import digest_of
@@ -18,8 +19,7 @@ _PLACE = struct.Struct("<32s32sQQQ")
 CODEC_RAW = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a chunk is: pack digest, position and stored length in it, codec."""
 
     pack: str

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
 from hotstart.snapshot.manifest import CHUNK_BYTES, File, Manifest, MemoryFile, parse_manifest
@@ -18,8 +19,7 @@ from hotstart.store.packs import PackWriter, Place, decode_places, encode_places
 from hotstart.store.port import Missing, Store
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(Struct, frozen=True):
     """A snapshot in a store."""
 
     digest: str

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 import sys
 
 from hotstart.errors import MachineLacks
@@ -25,6 +22,9 @@ class Criu:
 
     def version(self) -> tuple[int, ...]:
         """Version as numbers. Raises MachineLacks if the program does not run."""
+        import re
+        import subprocess
+
         try:
             said = subprocess.run([self.path, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
         except (OSError, subprocess.TimeoutExpired) as e:
@@ -60,6 +60,8 @@ class Criu:
 
 def find_criu() -> Criu:
     """CRIU by HOTSTART_CRIU, of this installation (scripts/install-criu), or on PATH. Raises MachineLacks."""
+    import shutil
+
     ours = os.path.join(sys.prefix, "libexec", "hotstart", "criu")
     for candidate in (os.environ.get("HOTSTART_CRIU"), ours, shutil.which("criu")):
         if candidate and os.access(candidate, os.X_OK):
@@ -69,6 +71,8 @@ def find_criu() -> Criu:
 
 def why_it_failed(log_path: str) -> str:
     """First error in a CRIU log, shortened; a plain sentence if there is none."""
+    import re
+
     try:
         with open(log_path, encoding="utf-8", errors="replace") as f:
             errors = [line for line in f if "Error (" in line]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import stat
 from collections.abc import Iterable
 from functools import cache
@@ -26,7 +25,7 @@ def _cpu_features() -> tuple[str, ...]:
 def host_fingerprint(criu: tuple[int, ...]) -> HostFingerprint:
     """Describe this machine as far as a restored process depends on it."""
     uname = os.uname()
-    libc = os.confstr("CS_GNU_LIBC_VERSION") or platform.libc_ver()[0]
+    libc = os.confstr("CS_GNU_LIBC_VERSION") or "unknown"
     return HostFingerprint(uname.machine, uname.release, _cpu_features(), libc, ".".join(map(str, criu)))
 
 
@@ -52,7 +51,7 @@ def needed_files(pids: Iterable[int], host_folders: tuple[str, ...]) -> tuple[Ne
     root = ""
     for pid in pids:
         root = f"/proc/{pid}/root"
-        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as f:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as f:
             paths |= {line[73:-1] for line in f if line[73:74] == "/"}
         for fd in os.listdir(f"/proc/{pid}/fd"):
             paths.add(os.readlink(f"/proc/{pid}/fd/{fd}"))

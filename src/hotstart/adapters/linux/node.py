@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import time
 from contextlib import suppress
+
+from msgspec import MsgspecError, json
 
 _BLOCK = 2 << 20
 _TEST_BYTES = 256 << 20
@@ -18,8 +19,8 @@ def _memo(home: str) -> str:
 
 def read_bandwidth(home: str) -> float | None:
     """Bytes per second that the disk under `home` reads sequentially, as measured; None if it never was."""
-    with suppress(OSError, ValueError, KeyError, TypeError), open(_memo(home), encoding="utf-8") as f:
-        return float(json.load(f)["read_bandwidth"])
+    with suppress(OSError, MsgspecError, KeyError), open(_memo(home), "rb") as f:
+        return json.decode(f.read(), type=dict[str, float])["read_bandwidth"]
     return None
 
 
@@ -50,7 +51,7 @@ def measure_read_bandwidth(home: str) -> float:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(path)
-    with open(f"{_memo(home)}.aside", "w", encoding="utf-8") as f:
-        json.dump({"read_bandwidth": bandwidth}, f)
+    with open(f"{_memo(home)}.aside", "wb") as f:
+        f.write(json.encode({"read_bandwidth": bandwidth}))
     os.replace(f"{_memo(home)}.aside", _memo(home))
     return bandwidth

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from hotstart.adapters.linux.cgroups import remove_cgroups
 from hotstart.adapters.linux.procfs import children, start_ticks
@@ -16,8 +16,7 @@ from hotstart.snapshot.codec import IllFormedError, decode, encode
 from hotstart.snapshot.worker import WorkerSpec
 
 
-@dataclass(frozen=True, slots=True)
-class SandboxState:
+class SandboxState(Struct, frozen=True):
     """A worker or replica. `init_pid` with `init_ticks` names its first process for good; paths are the host's."""
 
     name: str
@@ -124,6 +123,8 @@ class RunFolder:
         state = self.state()
         if state:
             remove_cgroups(state.cgroups)
+        import shutil
+
         shutil.rmtree(self.path, ignore_errors=True)
         self.settle()
 
