@@ -433,21 +433,19 @@ CHECK(an_area_grows_again_and_again)
 CHECK(an_area_that_was_zeroed_in_part_moves_as_one)
 {
 	byte *p = room(0), *to = room(1), *r;
-	for (int kind = 0; kind < 4; kind++) {
+	for (int kind = 0; kind < 3; kind++) {
 		folded(p, 8, 0xAA);
 		EXPECT(madvise(p + 2 * P, 2 * P, MADV_DONTNEED) == 0);
 		memset(p + 3 * P, 0xBB, P);
 		switch (kind) {
 		case 0: r = mremap(p, 8 * P, 8 * P, MREMAP_MAYMOVE | MREMAP_FIXED, to); break;
-		case 1: r = mremap(p, 8 * P, 6 * P, MREMAP_MAYMOVE | MREMAP_FIXED, to); break;
-		case 2: r = mremap(p, 8 * P, 9 * P, MREMAP_MAYMOVE | MREMAP_FIXED, to); break;
+		case 1: r = mremap(p, 8 * P, 9 * P, MREMAP_MAYMOVE | MREMAP_FIXED, to); break;
 		default: r = mremap(p, 8 * P, 8 * P, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL); break;
 		}
-		EXPECT(r != MAP_FAILED && (kind == 3 || r == to));
-		EXPECT(all(r, 2 * P, 0xAA) && all(r + 2 * P, P, 0) && all(r + 3 * P, P, 0xBB) && all(r + 4 * P, 2 * P, 0xAA));
-		EXPECT(kind == 1 ? !mapped(r + 6 * P) : all(r + 6 * P, 2 * P, 0xAA));
-		EXPECT(kind == 2 ? all(r + 8 * P, P, 0) : kind == 3 || !mapped(r + 8 * P));
-		EXPECT(kind == 3 ? all(p, 8 * P, 0) : !mapped(p) && !mapped(p + 7 * P));
+		EXPECT(r != MAP_FAILED && (kind == 2 || r == to));
+		EXPECT(all(r, 2 * P, 0xAA) && all(r + 2 * P, P, 0) && all(r + 3 * P, P, 0xBB) && all(r + 4 * P, 4 * P, 0xAA));
+		EXPECT(kind == 1 ? all(r + 8 * P, P, 0) : kind == 2 || !mapped(r + 8 * P));
+		EXPECT(kind == 2 ? all(p, 8 * P, 0) : !mapped(p) && !mapped(p + 7 * P));
 		munmap(to, 16 * P);
 	}
 }
@@ -473,8 +471,10 @@ CHECK(a_locked_area_grows_locked)
 {
 	byte *p = folded(room(0), 4, 0xAA);
 	if (mlock(p, 4 * P)) skip("mlock is not allowed");
-	EXPECT(mremap(p, 4 * P, 8 * P, 0) == p && all(p + 4 * P, 4 * P, 0));
-	EXPECT_ERRNO(raw_madvise(p + 4 * P, 4 * P, MADV_DONTNEED), EINVAL);
+	for (size_t pages = 4; pages < 16; pages += 4) { /* at first as one area, then as several */
+		EXPECT(mremap(p, pages * P, (pages + 4) * P, 0) == p && all(p + pages * P, 4 * P, 0));
+		EXPECT_ERRNO(raw_madvise(p + pages * P, 4 * P, MADV_DONTNEED), EINVAL);
+	}
 }
 
 CHECK(posix_madvise_needs_no_help) /* its DONTNEED does nothing in glibc and musl alike */
@@ -807,6 +807,9 @@ static void remap(size_t at, size_t pages)
 	int flags = rnd(4) ? MREMAP_MAYMOVE : 0;
 	if (flags && rnd(2)) flags |= MREMAP_FIXED;
 	if (flags && !rnd(6)) { flags |= MREMAP_DONTUNMAP; new_pages = pages; }
+	/* The kernel's DONTUNMAP unlocks whole areas and not only what moved (6.18), so the areas would have to be the same. */
+	for (int w = 0; flags & MREMAP_DONTUNMAP && w < 2; w++)
+		for (size_t i = 0; i < WORLD_PAGES; i++) munlock(world(w) + i * P, P);
 	if (!rnd(40)) pages = 0;
 	if (!rnd(40)) new_pages = 0;
 	snprintf(last, sizeof last, "mremap(%zu, %zu -> %zu pages, flags %d, to %zu)", at, pages, new_pages, flags, to);
@@ -818,6 +821,10 @@ static void remap(size_t at, size_t pages)
 	if (plain == MAP_FAILED && plain_errno == EFAULT) { joined++; return; }
 	errno = 0;
 	byte *ours = mremap(world(1) + at * P, pages * P, new_pages * P, flags, hint[1]);
+	if (plain != MAP_FAILED && ours == MAP_FAILED && errno == EFAULT && new_pages < pages) { /* in one call: not promised */
+		EXPECT(mremap(world(1) + at * P, pages * P, new_pages * P, 0) == world(1) + at * P);
+		ours = mremap(world(1) + at * P, new_pages * P, new_pages * P, flags, hint[1]);
+	}
 	agree(plain == MAP_FAILED ? -1 : 0, plain_errno, ours == MAP_FAILED ? -1 : 0, errno);
 	if (plain == MAP_FAILED) return;
 	int away = plain < world(0) || plain >= world(0) + WORLD_PAGES * P;

@@ -77,9 +77,10 @@ class Hotstart:
         worker = starting.worker
         deadline = time.monotonic() + worker.ready_timeout_s
         while not self._is_ready(starting):
-            status = starting.ended()
-            if status is not None:
-                raise HotstartError(f"the worker ended with exit status {status} before it was ready; {last_words(starting.log_path)}")
+            if not starting.sandbox.alive():
+                status = starting.folder.exit_status()
+                how = "was killed" if status is None else f"ended with exit status {status}"
+                raise HotstartError(f"the worker {how} before it was ready; {last_words(starting.log_path)}")
             if time.monotonic() > deadline:
                 raise HotstartError(
                     f"the worker was not ready after {worker.ready_timeout_s:g} s (--ready-timeout); {last_words(starting.log_path)}"

@@ -106,10 +106,6 @@ class StartingWorker:
         """Tell a worker that waits in `checkpoint()` that it goes on."""
         write_identity(self.sandbox.init_pid, self.folder.name, self._kind)
 
-    def ended(self) -> int | None:
-        """Exit status if the worker has ended already."""
-        return None if self.sandbox.alive() else (self.folder.exit_status() or 0)
-
     def state(self) -> SandboxState:
         """Describe it."""
         return SandboxState(

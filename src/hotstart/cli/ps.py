@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hotstart.cli.common import open_hotstart, parser, print_json, print_table
+from hotstart.errors import NotFound
+
+if TYPE_CHECKING:
+    from hotstart.adapters.linux.runfolder import SandboxState
 
 
 def main(arguments: list[str], _entered: float) -> int:
@@ -18,7 +24,7 @@ def main(arguments: list[str], _entered: float) -> int:
                 "kind": state.kind,
                 "snapshot": state.snapshot,
                 "state": "running" if state.alive() else "ended" if status is None else f"exited ({status})",
-                "pid": state.host_root_pid() if state.alive() else None,
+                "pid": _pid(state),
                 "address": state.address,
             }
         )
@@ -30,3 +36,10 @@ def main(arguments: list[str], _entered: float) -> int:
             ([r["name"], r["kind"], r["snapshot"] or "-", r["state"], r["pid"] or "-", r["address"] or "-"] for r in rows),
         )
     return 0
+
+
+def _pid(state: SandboxState) -> int | None:
+    try:
+        return state.host_root_pid()
+    except NotFound:  # it ended, perhaps just now
+        return None

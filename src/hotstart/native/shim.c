@@ -238,7 +238,8 @@ static long advise_ours(const struct area *a, int advice)
 		r = make_anonymous(a);
 		return r ? r : raw_madvise(a->start, a->end, advice);
 	case ADVICE_GUARD_INSTALL: /* it throws the contents away, and they must stay away when the guard goes */
-		r = discard(a, false);
+		r = raw_madvise(a->start, a->end, advice); /* refused before 6.15 (files) or 6.13: then nothing is thrown away */
+		if (r == 0) r = discard(a, false);
 		return r ? r : raw_madvise(a->start, a->end, advice);
 	default: /* DONTNEED, DONTNEED_LOCKED, and FREE, which may take effect at once */
 		r = discard(a, advice == MADV_DONTNEED_LOCKED);
@@ -253,13 +254,12 @@ static bool kernel_was_right(int advice, long r)
 	switch (advice) {
 	case MADV_DONTNEED:
 	case MADV_DONTNEED_LOCKED:
+	case ADVICE_GUARD_INSTALL:
 		return false;
 	case MADV_FREE:
 	case MADV_WIPEONFORK:
 	case ADVICE_COLLAPSE:
 		return r != -EINVAL; /* what it answers for a file; success means that all was anonymous */
-	case ADVICE_GUARD_INSTALL:
-		return r == -EINVAL; /* unknown before 6.13, not for files before 6.15: nothing was thrown away */
 	case MADV_REMOVE:
 		return r != -EACCES;
 	default:
@@ -303,45 +303,51 @@ static long discard_ours(const struct area *a, void *nothing)
 	return a->ours ? discard(a, true) : 0;
 }
 
-/* Finds the protection of a range that consists of areas of ours and anonymous ones, all with the same. */
-static long compare_protection(const struct area *a, void *context)
+struct pieces { int prot; uintptr_t last; };
+
+/* Accepts a range that consists of areas of ours and anonymous ones, all of one protection. */
+static long examine(const struct area *a, void *context)
 {
-	int *prot = context;
-	if (!(a->ours || a->anonymous) || (*prot >= 0 && *prot != a->prot)) return -EFAULT;
-	*prot = a->prot;
+	struct pieces *p = context;
+	if (!(a->ours || a->anonymous) || (p->last && p->prot != a->prot)) return -EFAULT;
+	p->prot = a->prot;
+	p->last = a->start;
 	return 0;
 }
 
-struct moving { uintptr_t distance, done; int dontunmap; };
+struct moving { uintptr_t distance, done, grow_at; size_t growth; int dontunmap; };
 
 static long move_area(const struct area *a, void *context)
 {
 	struct moving *m = context;
 	size_t length = a->end - a->start;
-	long r = raw_mremap(a->start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED | m->dontunmap, a->start + m->distance);
+	long r = raw_mremap(a->start, length, length + (a->end == m->grow_at ? m->growth : 0),
+			    MREMAP_MAYMOVE | MREMAP_FIXED | m->dontunmap, a->start + m->distance);
 	if (r < 0) return r;
 	m->done = a->end;
 	return 0;
 }
 
 /* What the program made as one area may be several since it was folded or mended; the kernel (for everything before 6.17,
- * for growth to this day) answers EFAULT. The leniency: in a folded process this joins anonymous areas that are none of ours. */
+ * for growth to this day) answers EFAULT. The leniency: in a folded process this joins anonymous areas that are none of ours.
+ * Moving and shrinking in one call stays EFAULT: some kernels have unmapped the tail by then, and nobody asks for it. */
 static long move_in_pieces(uintptr_t old, size_t old_length, size_t new_length, int flags, uintptr_t new_address)
 {
-	size_t kept = old_length < new_length ? old_length : new_length;
-	int prot = -1;
-	if (walk(old, old + old_length, compare_protection, &prot)) return -EFAULT;
-	if (new_length > old_length && !(flags & MREMAP_FIXED)) { /* in place, if there is room */
-		long tail = map_zeros(old + old_length, new_length - old_length, prot, MAP_FIXED_NOREPLACE);
-		if (tail >= 0) return (long)old;
+	uintptr_t end = old + old_length;
+	struct pieces found = {0, 0};
+	if (new_length < old_length || walk(old, end, examine, &found)) return -EFAULT;
+	size_t growth = new_length - old_length;
+	if (!(flags & MREMAP_FIXED) && growth) {
+		long r = raw_mremap(found.last, end - found.last, end - found.last + growth, 0, 0);
+		if (r >= 0) return (long)old;
 	}
 	if (!(flags & MREMAP_MAYMOVE)) return -ENOMEM;
-	long new = map_zeros(new_address, new_length, prot, flags & MREMAP_FIXED ? MAP_FIXED : 0);
+	long new = map_zeros(new_address, new_length, PROT_NONE, flags & MREMAP_FIXED ? MAP_FIXED : 0);
 	if (new < 0) return new;
-	struct moving there = {(uintptr_t)new - old, old, flags & MREMAP_DONTUNMAP}, back = {old - (uintptr_t)new, 0, 0};
-	long r = walk(old, old + kept, move_area, &there);
-	if (r == 0 && old_length > kept) kernel(SYS_munmap, old + kept, old_length - kept, 0, 0, 0);
-	if (r == 0) return new;
+	struct moving there = {(uintptr_t)new - old, old, end, growth, flags & MREMAP_DONTUNMAP};
+	struct moving back = {.distance = old - (uintptr_t)new};
+	long r = walk(old, end, move_area, &there);
+	if (r >= 0) return new;
 	walk((uintptr_t)new, there.done + there.distance, move_area, &back);
 	kernel(SYS_munmap, new, new_length, 0, 0, 0);
 	return r;

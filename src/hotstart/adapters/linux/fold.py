@@ -70,7 +70,7 @@ class Fold:
             self._orders.flush()
         except BrokenPipeError:
             pass  # it refused and left; its reason is the next thing to read
-        copied = dict(map(int, line.split()[1:]) for line in self._until("folded") if line.startswith("copied"))
+        copied = {int(pid): int(size) for word, pid, size in map(str.split, self._until("folded")) if word == "copied"}
         return [
             FoldedProcess(_inner_pid(pid), names[pid] if layout.placed else None, layout, copied.get(pid, 0))
             for pid, layout in layouts.items()

@@ -1,0 +1,207 @@
+"""A warm worker is frozen and comes back: real sandboxes, real CRIU, a real worker."""
+
+import errno
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from hotstart.adapters.linux.procfs import tree
+from hotstart.api import Hotstart
+from hotstart.api.capturing import Progressing, SnapshotOptions, SnapshotTaken, store_snapshot, take_snapshot
+from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
+
+from .conftest import ask, tiny_warmup, tiny_worker
+
+pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_left")]
+IGNORE = ("id", "created")
+
+
+def take(hotstart: Hotstart, name: str = "snap", source: object = None, **options: object) -> SnapshotTaken:
+    wanted = SnapshotOptions(**{"warmup": tiny_warmup(), "oracle_ignore": IGNORE, **options})
+    return take_snapshot(hotstart, name, source or tiny_worker(), wanted, time.monotonic(), Progressing())
+
+
+def state_of(hotstart: Hotstart, name: str) -> dict:
+    return json.loads(ask(hotstart, name, "GET", "/state"))
+
+
+def test_a_replica_answers_as_the_warm_worker_did_and_has_its_memory(hotstart):
+    hotstart.run("w", tiny_worker())
+    ask(hotstart, "w", "POST", "/count")
+    before = state_of(hotstart, "w")
+    taken = take(hotstart, source="w")
+    assert taken.fold_refused is None
+    replicas = hotstart.restore("snap", 3)
+    assert [r.receipt.oracle_ok for r in replicas] == [True] * 3
+    for replica in replicas:
+        after = state_of(hotstart, replica.name)
+        assert {k: after[k] for k in ("counter", "start", "checksum", "pid")} == {
+            k: before[k] for k in ("counter", "start", "checksum", "pid")
+        }
+
+
+def test_replicas_do_not_see_each_others_writes(hotstart):
+    take(hotstart)
+    first, second = (r.name for r in hotstart.restore("snap", 2))
+    checksum = state_of(hotstart, second)["checksum"]
+    ask(hotstart, first, "POST", "/fill", b'{"byte": 7}')
+    ask(hotstart, first, "POST", "/count")
+    assert state_of(hotstart, first)["checksum"] != checksum
+    assert state_of(hotstart, second)["checksum"] == checksum
+    third = hotstart.restore("snap")[0].name
+    assert state_of(hotstart, third)["checksum"] == checksum
+
+
+def test_memory_is_shared_between_replicas_until_it_is_written(hotstart):
+    take(hotstart)
+    replicas = hotstart.restore("snap", 4)
+    own = [hotstart.memory_bytes(r.name)["own"] for r in replicas]
+    assert max(own) < 12 << 20  # the worker holds 32 MiB and an interpreter
+    ask(hotstart, replicas[0].name, "POST", "/fill", b'{"byte": 7}')
+    assert hotstart.memory_bytes(replicas[0].name)["own"] > own[0] + (30 << 20)
+
+
+def test_a_kept_worker_goes_on_serving_and_can_be_snapshotted_again(hotstart):
+    hotstart.run("w", tiny_worker())
+    take(hotstart, "first", "w", keep=True)
+    ask(hotstart, "w", "POST", "/count")
+    take(hotstart, "second", "w", keep=True)
+    ask(hotstart, "w", "POST", "/count")
+    assert state_of(hotstart, "w")["counter"] == 2
+    counters = [state_of(hotstart, hotstart.restore(s)[0].name)["counter"] for s in ("first", "second")]
+    assert counters == [0, 1]
+
+
+def test_a_replica_can_itself_be_snapshotted(hotstart):
+    take(hotstart)
+    name = hotstart.restore("snap")[0].name
+    ask(hotstart, name, "POST", "/count")
+    ask(hotstart, name, "POST", "/fill", b'{"byte": 9}')
+    checksum = state_of(hotstart, name)["checksum"]
+    take(hotstart, "again", name)
+    after = state_of(hotstart, hotstart.restore("again")[0].name)
+    assert (after["counter"], after["checksum"]) == (1, checksum)
+
+
+def test_without_keep_the_worker_is_gone(hotstart):
+    hotstart.run("w", tiny_worker())
+    take(hotstart, source="w")
+    with pytest.raises(NotFound):
+        hotstart.find("w")
+
+
+def test_a_tree_of_processes_comes_back(hotstart):
+    hotstart.run("w", tiny_worker())
+    ask(hotstart, "w", "POST", "/fork")
+    before = json.loads(ask(hotstart, "w", "GET", "/child"))
+    take(hotstart, source="w")
+    replica = hotstart.restore("snap")[0]
+    assert len(tree(replica.pid)) == 2
+    assert json.loads(ask(hotstart, replica.name, "GET", "/child")) == before
+
+
+def test_what_private_folders_held_comes_back_to_each_replica(hotstart):
+    hotstart.run("w", tiny_worker())
+    ask(hotstart, "w", "POST", "/write", b'{"path": "/tmp/note", "text": "warm"}')
+    ask(hotstart, "w", "POST", "/write", b'{"path": "/dev/shm/segment", "text": "shared"}')
+    take(hotstart, source="w")
+    first, second = (r.name for r in hotstart.restore("snap", 2))
+    ask(hotstart, first, "POST", "/write", b'{"path": "/tmp/note", "text": "changed"}')
+    assert b"warm" in ask(hotstart, second, "GET", "/read?path=/tmp/note")
+    assert b"shared" in ask(hotstart, second, "GET", "/read?path=/dev/shm/segment")
+
+
+def test_a_replica_starts_after_runtime_state_was_lost(hotstart, tmp_path):
+    take(hotstart)
+    shutil.rmtree(tmp_path / "run")
+    assert hotstart.restore("snap")[0].receipt.oracle_ok
+
+
+def test_a_snapshot_is_laid_out_again_from_the_store_when_the_cache_is_gone(hotstart, tmp_path):
+    assert take(hotstart, wait_stored=True).stored_bytes > 30 << 20
+    shutil.rmtree(tmp_path / "home" / "cache")
+    assert hotstart.restore("snap")[0].receipt.oracle_ok
+    assert hotstart.restore("snap")[0].receipt.strategy == "mapped"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes()[: 1 << 20])
+    at = len(data) // 2
+    mode = path.stat().st_mode
+    path.chmod(0o600)
+    with path.open("r+b") as f:
+        f.seek(at)
+        f.write(bytes([data[at] ^ 0x40]))
+    path.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    "victim", ["manifest.json", "files.pack", "images/core-1000.img", "images/pages-1.img", "memory-0.index"]
+)
+def test_a_damaged_file_is_refused(hotstart, tmp_path, victim):
+    take(hotstart)
+    flip(tmp_path / "home" / "cache" / "snapshots" / "snap" / victim)
+    with pytest.raises(Refused):
+        hotstart.restore("snap")
+
+
+def test_a_damaged_memory_file_is_refused_and_never_mapped(hotstart, tmp_path):
+    take(hotstart)
+    (memory,) = (tmp_path / "home" / "cache" / "memory").glob("*/*.mem")
+    with memory.open("r+b") as f:
+        f.seek(3 << 20)
+        f.write(b"\xff")
+    with pytest.raises(Damaged):
+        hotstart.restore("snap")
+
+
+def test_a_damaged_local_copy_is_replaced_by_the_stores(hotstart, tmp_path):
+    take(hotstart, wait_stored=True)
+    flip(tmp_path / "home" / "cache" / "snapshots" / "snap" / "images" / "pages-1.img")
+    notes: list[str] = []
+    assert hotstart.restore("snap", note=notes.append)[0].receipt.oracle_ok
+    assert "damaged" in notes[0]
+
+
+def test_packing_can_be_done_later(hotstart):
+    assert take(hotstart).stored_bytes is None
+    assert store_snapshot(hotstart, "snap", Progressing()) > 30 << 20
+    assert store_snapshot(hotstart, "snap", Progressing()) == 0
+
+
+def test_a_wrong_answer_is_no_replica(hotstart):
+    wrong = SnapshotOptions(warmup=tiny_warmup(), oracle_ignore=("id",))  # `created` never repeats
+    with pytest.raises(Refused, match="--oracle-ignore"):
+        take_snapshot(hotstart, "snap", tiny_worker(), wrong, time.monotonic(), Progressing())
+    assert hotstart.snapshots.names() == []
+
+
+def test_receipts_stages_add_up_to_the_whole(hotstart):
+    take(hotstart)
+    receipt = hotstart.restore("snap")[0].receipt
+    assert sum(receipt.stages.values()) == pytest.approx(receipt.total_s)
+    assert receipt.stages["unaccounted"] <= 0.05 * receipt.total_s
+
+
+def test_a_plain_dump_is_restored_by_copying(hotstart):
+    take(hotstart, fold=False)
+    assert hotstart.restore("snap")[0].receipt.strategy == "copied"
+
+
+def test_names_are_immutable(hotstart):
+    take(hotstart)
+    with pytest.raises(BadUsage, match="immutable"):
+        take(hotstart)
+
+
+def test_a_worker_that_dies_before_it_is_ready_leaves_nothing(hotstart):
+    with pytest.raises(HotstartError, match="exit status 7"):
+        hotstart.run("w", tiny_worker(command=("/bin/sh", "-c", "echo broken; exit 7")))
+
+
+def test_io_uring_looks_absent(hotstart):
+    hotstart.run("w", tiny_worker())
+    assert json.loads(ask(hotstart, "w", "GET", "/io_uring")) == {"errno": errno.ENOSYS}
