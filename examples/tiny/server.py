@@ -20,6 +20,9 @@ reaches its port, so it is an example and no service.
     POST /fork                    starts the one child; GET /child asks it for its pid and its checksum
     POST /grow    {"mib"}         takes and touches more memory
     POST /exit    {"code"}        ends the worker
+    GET  /told                    with --sdk: which of its hooks were called
+
+With --sdk it says itself when it is ready, through `hotstart.worker`; without, a readiness URL has to be asked.
 """
 
 import argparse
@@ -68,6 +71,7 @@ class Worker:
         self.start = uuid.uuid4().hex
         self.grown = []
         self.family = None
+        self.told = []
 
     def get_health(self):
         return {"status": "ok"}
@@ -152,6 +156,9 @@ class Worker:
         self.grown.append(b"\1" * (body["mib"] * MIB))
         return {"mib": sum(map(len, self.grown)) // MIB}
 
+    def get_told(self):
+        return {"told": self.told}
+
     def post_exit(self, body):
         threading.Timer(0.05, os._exit, [body["code"]]).start()
         return {}
@@ -205,13 +212,26 @@ def main():
     options = argparse.ArgumentParser(description="A tiny worker with 32 MiB of memory.")
     options.add_argument("--port", type=int, default=int(os.environ.get("PORT", "8000")))
     options.add_argument("--delay", type=float, default=0, help="seconds before it listens")
+    options.add_argument("--sdk", action="store_true", help="say through hotstart.worker when it is ready")
     chosen = options.parse_args()
 
     worker = Worker()
     time.sleep(chosen.delay)
     server = ThreadingHTTPServer(("127.0.0.1", chosen.port), handler_for(worker))
     print("ready", flush=True)
+    if chosen.sdk:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ready_by_sdk(worker)
+        threading.Event().wait()
     server.serve_forever()
+
+
+def ready_by_sdk(worker):
+    from hotstart.worker import checkpoint, on_quiesce, on_resume
+
+    on_quiesce(lambda: worker.told.append("quiesce"))
+    on_resume(lambda identity: worker.told.append(dict(identity)))
+    checkpoint()
 
 
 if __name__ == "__main__":

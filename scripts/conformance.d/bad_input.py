@@ -77,7 +77,8 @@ def _(bench):
 @check("a command line that makes no sense is bad usage")
 @tidy
 def _(bench):
-    for each in (["run"], ["run", "x"], ["run", "x", "--"], ["snapshot"], ["snapshot", "create"], ["snapshot", "create", "x"],
+    equal(bench.hs("snapshot").code, 2, "the exit code of `hotstart snapshot` alone")
+    for each in (["run"], ["run", "x"], ["run", "x", "--"], ["snapshot", "create"], ["snapshot", "create", "x"],
                  ["restore"], ["restore", "tiny", "other"], ["exec", bench.running[0]],
                  ["snapshot", "create", "x", "--from", bench.running[0], *tiny()],
                  ["snapshot", "create", "x", "--keep", *tiny()]):
@@ -151,7 +152,7 @@ def small_disk(bench, size):
     home = bench.work / "small"
     home.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", home], check=True)
-    hs = Hotstart(bench.hs.command, home, bench.work / "small-run", bench.cwd, bench.marker)
+    hs = Hotstart(bench.hs.command, home, bench.work / "small-run", bench.cwd)
     try:
         yield hs
         hs.forget_all()
@@ -192,14 +193,14 @@ def _(bench):
 @check("a home and a run folder with spaces and odd characters work")
 def _(bench):
     folder = bench.work / "h\u00f6me with: spaces"
-    hs = Hotstart(bench.hs.command, folder / "home", folder / "run", bench.cwd, bench.marker)
+    hs = Hotstart(bench.hs.command, folder / "home", folder / "run", bench.cwd)
     works(hs)
 
 
 @check("a run folder with a very long path works, or is refused in one line")
 def _(bench):
     folder = bench.work / ("long" * 30) / ("longer" * 20)
-    hs = Hotstart(bench.hs.command, folder / "home", folder / "run", bench.cwd, bench.marker)
+    hs = Hotstart(bench.hs.command, folder / "home", folder / "run", bench.cwd)
     probe = hs("run", "probe", *SERVES, "--publish", "0", *tiny())
     if probe.code:
         hs.refuses((1, 2, 5), "run", "probe", *SERVES, *tiny())

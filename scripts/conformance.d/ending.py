@@ -1,12 +1,12 @@
-"""The end: when everything has been stopped and removed, the machine is as it was."""
+"""The end: when everything has been stopped and removed, the machine is as it was. Runs last and alone."""
 
 import time
 
 from harness import check, equal, expect
-from machine import Scene, bytes_in, leftovers
+from machine import Scene, bytes_in, kernel_things, leftovers
 
 
-@check("ten restores and stops later, no descriptor, file or process is more than after one")
+@check("ten restores and stops later, no file, process, mount or cgroup is more than after two")
 def _(bench):
     bench.tiny  # noqa: B018
     counts = []
@@ -15,26 +15,23 @@ def _(bench):
             pass
         time.sleep(0.1)
         scene = Scene.of(bench)
-        counts.append((len(scene.files), len(scene.processes), len(scene.mounts), len(scene.cgroups)))
-    equal(counts[-1], counts[0], "(files, processes, mounts, cgroups)")
+        counts.append((len(scene.files), len(scene.processes), len(scene.mounts), len(kernel_things())))
+    equal(counts[-1], counts[0], "(files, processes, mounts, things in the kernel)")
 
 
 @check("after everything is stopped and removed, nothing is left")
 def _(bench):
-    bench.end_shared()
-    for each in ("tiny", *(name for name in snapshot_names(bench) if name != "tiny")):
-        bench.hs("snapshot", "rm", each)
-    equal(bench.hs.ps(), [], "ps")
-    equal(bench.hs.json("snapshot", "ls"), [], "snapshot ls")
-    now = Scene.of(bench)
-    nothing = Scene(bench.work, set(), set(), bench.first.network, bench.first.namespaces, bench.first.cgroups, now.files)
-    left = leftovers(bench, nothing)
-    expect(not left, f"left behind: {'; '.join(left[:8])}")
-    named = [each for each in now.files if f"-{bench.marker[-4:]}-" in each]
-    expect(not named, f"files of what was removed: {named[:8]}")
-    used = bytes_in(bench.hs.home)
-    expect(used < 1 << 20, f"the empty home still takes {used} bytes")
-
-
-def snapshot_names(bench):
-    return [each.get("name") or each.get("snapshot") for each in bench.hs.json("snapshot", "ls")]
+    for each in bench.all:
+        each.end_shared()
+        for snapshot in each.hs.json("snapshot", "ls"):
+            each.hs("snapshot", "rm", snapshot.get("name") or snapshot["snapshot"])
+        equal(each.hs.ps(), [], "ps")
+        equal(each.hs.json("snapshot", "ls"), [], "snapshot ls")
+        now = Scene.of(each)
+        left = leftovers(each, Scene(each.work, set(), set(), now.files))
+        expect(not left, f"left behind: {'; '.join(left[:8])}")
+        named = [path for path in now.files if f"-{each.marker}-" in path or "tiny" in path]
+        expect(not named, f"files of what was removed: {named[:8]}")
+        expect(bytes_in(each.hs.home) < 1 << 20, f"the empty home still takes {bytes_in(each.hs.home)} bytes")
+    left = kernel_things() - bench.first
+    expect(not left, f"left in the kernel: {'; '.join(sorted(left)[:8])}")

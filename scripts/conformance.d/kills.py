@@ -14,7 +14,7 @@ import time
 from harness import SERVES, Failed, answers, ask, check, eventually, expect, median_s, right, tiny
 from machine import Scene, leftovers
 
-ROUNDS = 4
+ROUNDS = 3
 EARLY_S = (0.005, 0.4)
 WHOLE_S = 2.5  # no action of the tiny worker takes longer
 
@@ -72,7 +72,6 @@ def strike(bench, action, signal_number, after_s):
             raise Failed("it still runs 15 s later, or something holds its stdio") from None
         if signal_number == signal.SIGINT and after_s > start_up_s(bench):
             expect("Traceback" not in err, f"a traceback: {err[-300:]!r}")
-            expect(len(err.strip().splitlines()) <= 1, f"more than one line: {err!r}")
         if process.returncode == 0:
             return  # it was faster; `begun` undoes it
         if signal_number == signal.SIGKILL:

@@ -1,7 +1,6 @@
 """What our workers left on the machine: processes, mounts, network devices, cgroups and files.
 
-Others use the machine too, so only what names our work folder, or appeared since the baseline and is gone from nobody
-else, counts as ours.
+Others use the machine too, so only what names our work folder counts as ours.
 """
 
 import contextlib
@@ -88,35 +87,34 @@ def mounted_namespaces():
 
 @dataclass
 class Scene:
-    """What was there at one moment."""
+    """What was there of ours at one moment."""
 
     work: Path
     processes: set
     mounts: set
-    network: set
-    namespaces: set
-    cgroups: set
     files: set
 
     @classmethod
     def of(cls, bench):
-        hs = bench.hs
-        return cls(
-            bench.work, set(ours(bench.work)), set(mounts_under(bench.work)), set(os.listdir("/sys/class/net")),
-            mounted_namespaces(), empty_cgroups(),
-            {path for folder in (hs.run, hs.home) for path in files_under(folder)},
-        )
+        files = files_under(bench.hs.run) | files_under(bench.hs.home)
+        return cls(bench.work, set(ours(bench.work)), set(mounts_under(bench.work)), files)
 
     def leftovers_in(self, later):
         """What is there later and was not before, in words."""
         return [
             *map(in_words, sorted(later.processes - self.processes)),
             *(f"mount {each}" for each in sorted(later.mounts - self.mounts)),
-            *(f"network device {each}" for each in sorted(later.network - self.network)),
-            *(f"namespace {each}" for each in sorted(later.namespaces - self.namespaces)),
-            *(f"cgroup {each}" for each in sorted(later.cgroups - self.cgroups)),
             *(f"file {each.removeprefix(str(self.work))}" for each in sorted(later.files - self.files)),
         ]
+
+
+def kernel_things():
+    """Names of what may be left in the kernel without a process; nothing says whose they are."""
+    return {
+        *(f"network device {each}" for each in os.listdir("/sys/class/net")),
+        *(f"namespace {each}" for each in mounted_namespaces()),
+        *(f"cgroup {each}" for each in empty_cgroups()),
+    }
 
 
 def leftovers(bench, before, grace_s=GRACE_S):

@@ -33,6 +33,25 @@ def _(bench):
         equal(ask(address, "/ping"), "pong", "the first answer")
 
 
+@check("without a readiness URL, snapshot create waits for the worker's own checkpoint(), and its hooks are called")
+def _(bench):
+    name = bench.name("s")
+    sdk = ["--", bench.python, *tiny("--sdk")[2:]]
+    bench.hs.ok("snapshot", "create", name, "--port", PORT, "--ready-timeout", "20", *sdk)
+    with bench.restored(name) as (replica,):
+        told = eventually(lambda: len(seen := ask(replica["address"], "/told")["told"]) > 1 and seen)
+        expect(told and told[0] == "quiesce", f"the hooks: {ask(replica['address'], '/told')}")
+        equal(told[-1].get("name"), replica["name"], "the name that on_resume got")
+    bench.hs.ok("snapshot", "rm", name)
+
+
+@check("a worker that calls checkpoint() goes on at once under run")
+def _(bench):
+    with bench.worker("--port", PORT, serves=False, command=["--", bench.python, *tiny("--sdk")[2:]]) as (_, address):
+        told = eventually(lambda: answers(address) and len(seen := ask(address, "/told")["told"]) > 1 and seen)
+        expect(told, f"after 5 s the hooks: {ask(address, '/told')}")
+
+
 @check("run without a readiness URL returns once the worker has started")
 def _(bench):
     started = time.monotonic()

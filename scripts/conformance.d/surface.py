@@ -129,6 +129,14 @@ def _(bench):
     expect(taken < 0.1, f"{taken * 1000:.0f} ms, the median of 5")
 
 
+@check("the Python API has run, snapshot, restore and store")
+def _(bench):
+    program = "import sys; from hotstart import Hotstart; h = Hotstart(home=sys.argv[1]); h.run, h.snapshot, h.restore, h.store"
+    done = subprocess.run([bench.python, "-c", program, bench.hs.home], capture_output=True, text=True, cwd=bench.cwd,
+                          env=bench.hs.environment)
+    expect(done.returncode == 0, done.stderr.strip().splitlines()[-1:])
+
+
 @check("doctor says that this machine can, and its JSON has the documented fields")
 def _(bench):
     said = bench.hs.json("doctor")
@@ -177,13 +185,15 @@ def _(bench):
         done.json_lines()
 
 
-@check("run, stop and rm take --json")
+@check("run, stop and rm print nothing, or JSON with --json")
 def _(bench):
     name, hs = bench.name(), bench.hs
     try:
-        for each in (["run", name, *SERVES, "--json", *tiny()], ["stop", name, "--json"], ["rm", name, "--json"]):
-            done = hs.ok(*each)
-            expect(not done.out.strip() or done.json_lines(), str(done))
+        for before_json, each in ((None, ["run", name, *SERVES]), (["stop", name], ["stop"]), (["rm", name], ["rm"])):
+            if before_json is None:
+                expect(hs.ok(*each, "--json", *tiny()).json_lines(), "run --json prints nothing")
+            elif hs.ok(*before_json).out.strip():
+                expect("--json" in hs.ok(*each, "--help").out, f"{each[0]} prints without knowing --json")
     finally:
         hs.forget(name)
 

@@ -255,14 +255,15 @@ class Hotstart:
         if name is not None:
             check_name(name, "replica")
         self.require_privileges()
-        self.sweep()
         local = self.local_snapshot(snapshot, progress, note)
         plan = make_plan(local.manifest, self.node_facts(local.manifest))
         if plan.refusals:
             raise Refused(f"snapshot {snapshot} cannot be restored here: {'; '.join(plan.refusals)}")
         points["checked"] = time.monotonic()
         with RestoringReplicas(self, local, plan, wait=wait) as restoring:
-            return restoring.start(replicas, name, publish, points)
+            started = restoring.start(replicas, name, publish, points)
+        self.sweep()  # not before: it reads every manifest, and the clock was running
+        return started
 
     # ---- shared by both
 
@@ -272,9 +273,17 @@ class Hotstart:
         self.snapshots.sweep(self.folders.live_memory_ids())
 
     def require_privileges(self) -> None:
-        """Raise MachineLacks if this cannot work here for want of privileges."""
+        """Raise MachineLacks if this cannot work here for want of privileges; make our folders, closed to other users.
+
+        What is in them is memory of workers and their environment: both hold secrets.
+        """
         if os.geteuid() != 0:
             raise MachineLacks("sandboxes and CRIU need root: run this as root (`hotstart doctor` says what else is needed)")
+        for folder in (self.home, self.run_root):
+            try:
+                os.makedirs(folder, mode=0o700, exist_ok=True)
+            except OSError as e:
+                raise HotstartError(f"{folder} cannot be made: {e.strerror}") from e
 
     def criu(self) -> Criu:
         """Return the CRIU to use. Raises MachineLacks if there is none that can be relied on."""

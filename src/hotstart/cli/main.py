@@ -91,6 +91,9 @@ def _run(arguments: list[str], debug: bool, entered: float) -> int:
     except OSError as e:
         if debug:
             raise
+        if isinstance(e, PermissionError) and os.geteuid() != 0:
+            print(f"hotstart: {e.filename or 'this'} is root's: run this as root", file=sys.stderr)
+            return 5
         print(f"hotstart: {e}; --debug shows where", file=sys.stderr)
         return 1
 

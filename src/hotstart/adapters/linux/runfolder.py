@@ -82,6 +82,13 @@ class RunFolder:
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         return True
 
+    def clear_leftover(self) -> bool:
+        """Remove what a killed command left half made; False if this is somebody's."""
+        leftover = self.state() is None and not self.being_started()
+        if leftover:
+            self.remove()
+        return leftover
+
     def save(self, state: SandboxState) -> None:
         """Write the state, all or nothing."""
         with open(self.file("state.aside"), "wb") as f:
@@ -140,7 +147,7 @@ class RunFolders:
         folder = RunFolder(os.path.join(self.root, name))
         try:
             os.makedirs(self.root, exist_ok=True)
-            if folder.claim():
+            if folder.claim() or (folder.clear_leftover() and folder.claim()):
                 return folder
         except PermissionError as e:
             raise MachineLacks(f"{self.root} cannot be written: run as root") from e
@@ -179,8 +186,8 @@ class RunFolders:
         with suppress(FileNotFoundError):
             for name in os.listdir(self.root):
                 folder = RunFolder(os.path.join(self.root, name))
-                if os.path.isdir(folder.path) and folder.state() is None and not folder.being_started():
-                    folder.remove()
+                if os.path.isdir(folder.path):
+                    folder.clear_leftover()
 
     def live_memory_ids(self) -> set[str]:
         """Folders of memory files that running sandboxes have mapped."""

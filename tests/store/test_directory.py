@@ -1,0 +1,224 @@
+"""The store in a folder: nothing torn is ever visible, however a writer ends; a full disk is one clear error."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hotstart.errors import HotstartError
+from hotstart.store.directory import DirectoryStore
+from tests.conftest import skip_or_fail
+from tests.store.conformance import BAD_KEYS, StoreConformance
+
+
+class TestDirectoryStore(StoreConformance):
+    @pytest.fixture
+    def store(self, tmp_path):
+        return DirectoryStore(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "store"
+
+
+def leftovers(root):
+    aside = root / ".aside"
+    return sorted(os.listdir(aside)) if aside.exists() else []
+
+
+def python(code, *arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, **options
+    )
+
+
+def content(key, size):
+    """The only right content of a key."""
+    return (key.encode() * (size // len(key) + 1))[:size]
+
+
+# ---- killed writers
+
+_WRITE_AND_DIE = """
+import os, signal, sys
+from hotstart.store import directory
+
+root, step = sys.argv[1:]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Torn:
+    def __init__(self, file):
+        self.file = file
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        self.file.close()
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        die()
+
+if step == "write":
+    directory.open = lambda *a: Torn(open(*a))
+else:
+    setattr(os, step, die)
+directory.DirectoryStore(root).write("packs/a", b"0123456789" * 1000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "visible"), [("write", False), ("fchmod", False), ("fsync", False), ("link", False), ("unlink", True)]
+)
+def test_a_writer_killed_at_any_step_leaves_all_or_nothing(root, step, visible):
+    with python(_WRITE_AND_DIE, root, step) as writer:
+        assert writer.wait() == -signal.SIGKILL
+    store = DirectoryStore(str(root))
+    assert list(store.list("")) == ([("packs/a", 10_000)] if visible else [])
+    assert len(leftovers(root)) == 1  # the proof that it was killed on the way
+    store.clear_leftovers()
+    assert leftovers(root) == []
+    assert store.write("packs/a", b"0123456789" * 1000) is not visible
+    assert store.read("packs/a") == b"0123456789" * 1000
+
+
+_WRITE_FOR_EVER = """
+import itertools, random, sys
+from hotstart.store.directory import DirectoryStore
+
+store, seed = DirectoryStore(sys.argv[1]), int(sys.argv[2])
+chance = random.Random(seed)
+for n in itertools.count():
+    size = chance.choice([1, 5000, 1 << 20, 3 << 20])
+    key = f"packs/{seed}-{n}-{size}"
+    store.write(key, (key.encode() * (size // len(key) + 1))[:size])
+    print(key, flush=True)
+"""
+
+
+def test_a_torn_write_is_never_visible_and_an_acknowledged_one_is_never_lost(root):
+    chance = random.Random(1)
+    store = DirectoryStore(str(root))
+    acknowledged = set()
+    for seed in range(8):
+        with python(_WRITE_FOR_EVER, root, seed) as writer:
+            acknowledged.add(writer.stdout.readline().strip())
+            time.sleep(chance.uniform(0, 0.03))
+            writer.kill()
+            acknowledged |= {line.strip() for line in writer.stdout if line.endswith("\n")}
+        visible = dict(store.list(""))
+        assert acknowledged <= visible.keys()
+        for key, listed in visible.items():
+            size = int(key.rpartition("-")[2])
+            assert listed == size
+            assert store.read(key) == content(key, size)
+    store.clear_leftovers()
+    assert leftovers(root) == []
+    assert dict(store.list("")) == visible
+
+
+def test_what_a_living_writer_has_aside_is_left_alone(root):
+    store = DirectoryStore(str(root))
+    store.write("packs/a", b"x")
+    mine, dead = root / ".aside" / f"{os.getpid()}-abc", root / ".aside" / "999999999-abc"
+    mine.write_bytes(b"half")
+    dead.write_bytes(b"half")
+    store.clear_leftovers()
+    assert leftovers(root) == [mine.name]
+
+
+def test_there_is_nothing_to_clear_in_a_store_that_was_never_written(root):
+    DirectoryStore(str(root)).clear_leftovers()
+    assert not root.exists()
+
+
+def test_what_lies_aside_is_never_listed(root):
+    store = DirectoryStore(str(root))
+    store.write("packs/a", b"x")
+    (root / ".aside" / "1-abc").write_bytes(b"half")
+    assert list(store.list("")) == [("packs/a", 1)]
+    assert list(store.list("packs/")) == [("packs/a", 1)]
+
+
+def test_a_write_leaves_nothing_aside_whether_it_won_or_lost(root):
+    store = DirectoryStore(str(root))
+    store.write("packs/a", b"x")
+    store.write("packs/a", b"y")
+    assert leftovers(root) == []
+
+
+# ---- files
+
+
+def test_objects_are_files_that_nobody_is_meant_to_write_to(root):
+    DirectoryStore(str(root)).write("packs/a", b"x")
+    st = os.stat(root / "packs" / "a")
+    assert (st.st_mode & 0o777, st.st_nlink) == (0o444, 1)
+
+
+def test_two_stores_on_the_same_folder_are_one_store(root):
+    one, other = DirectoryStore(str(root)), DirectoryStore(str(root))
+    assert one.write("names/a", b"x")
+    assert not other.write("names/a", b"y")
+    assert other.read("names/a") == b"x"
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+def test_a_bad_key_touches_no_file(tmp_path, key):
+    precious = tmp_path / "x"
+    precious.write_bytes(b"precious")
+    store = DirectoryStore(str(tmp_path / "store"))
+    for call in (lambda: store.write(key, b"evil"), lambda: store.delete(key), lambda: store.read(key)):
+        with pytest.raises(ValueError, match="not a store key"):
+            call()
+    assert precious.read_bytes() == b"precious"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_store_that_cannot_be_written_says_so_in_one_line(root):
+    with pytest.raises(HotstartError) as error:
+        DirectoryStore(str(root)).write("packs/" + "a" * 300, b"x")
+    assert str(error.value) == f"the store at {root} cannot be written: File name too long"
+    assert leftovers(root) == []
+
+
+_FILL = """
+import json, os, sys
+from hotstart.errors import HotstartError
+from hotstart.store.directory import DirectoryStore
+
+store = DirectoryStore(sys.argv[1])
+small = store.write("packs/small", b"x" * 4096)
+try:
+    store.write("packs/big", b"y" * (2 << 20))
+    error = None
+except Exception as e:
+    error = [isinstance(e, HotstartError), str(e)]
+after = store.write("packs/after", b"z" * 4096)
+print(json.dumps([small, error, after, list(store.list("")), os.listdir(sys.argv[1] + "/.aside"), store.read("packs/small")[:2].decode()]))
+"""
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(tmp_path):
+    script = 'mount -t tmpfs -o size=1m tmpfs "$1" || exit 90; exec "$0" -c "$2" "$1"'
+    run = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, sys.executable, str(tmp_path), _FILL],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode == 90 or "unshare" in run.stderr:
+        skip_or_fail(f"a small file system cannot be mounted here: {run.stderr.strip()}")
+    assert run.returncode == 0, run.stderr
+    small, error, after, listed, aside, kept = json.loads(run.stdout)
+    assert error == [True, f"no room in the store at {tmp_path}: free some space, or remove snapshots"]
+    assert (small, after, kept) == (True, True, "xx")
+    assert listed == [["packs/after", 4096], ["packs/small", 4096]]
+    assert aside == []
