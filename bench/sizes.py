@@ -49,7 +49,14 @@ class Size(Struct, frozen=True):
 def worker(gib: float) -> WorkerSpec:
     """The torch worker with so many GiB of weights."""
     return WorkerSpec(
-        command=(str(ROOT / ".engines" / "torch" / "bin" / "python"), str(TORCH / "server.py"), "--gib", str(gib), "--port", "8000"),
+        command=(
+            str(ROOT / ".engines" / "torch" / "bin" / "python"),
+            str(TORCH / "server.py"),
+            "--gib",
+            str(gib),
+            "--port",
+            "8000",
+        ),
         cwd=str(ROOT),
         environment=dict(os.environ),
         port=8000,
@@ -85,7 +92,20 @@ def print_sizes(sizes: list[Size]) -> None:
     """Print the table."""
     print()
     print_table(
-        ("WEIGHTS", "COLD START", "PLAIN RESUMED", "PLAIN ANSWER", "RESUMED", "PING", "ANSWER", "(COMMAND)", "WARM", "DUMP", "USABLE", "STOOD STILL"),
+        (
+            "WEIGHTS",
+            "COLD START",
+            "PLAIN RESUMED",
+            "PLAIN ANSWER",
+            "RESUMED",
+            "PING",
+            "ANSWER",
+            "(COMMAND)",
+            "WARM",
+            "DUMP",
+            "USABLE",
+            "STOOD STILL",
+        ),
         [
             (
                 f"{s.gib:g} GiB",

@@ -21,7 +21,12 @@ def ask(s: socket.socket, request: Request, timeout_s: float) -> Answer:
     deadline = time.monotonic() + timeout_s
     headers = {"host": "127.0.0.1", "content-length": str(len(request.body))}
     headers |= {name.lower(): value for name, value in request.headers.items()}
-    head = [f"{request.method} {request.path} HTTP/1.0", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    head = [
+        f"{request.method} {request.path} HTTP/1.0",
+        *(f"{name}: {value}" for name, value in headers.items()),
+        "",
+        "",
+    ]
     received = bytearray()
     try:
         with s:
@@ -43,7 +48,9 @@ def _parse(received: bytes) -> Answer:
     status_line, *fields = head.split(b"\r\n")
     parts = status_line.split(b" ", 2)
     if not end or len(parts) < 2 or not parts[0].startswith(b"HTTP/1.") or not parts[1].isdigit():
-        raise NoAnswerError("the connection was closed before an answer" if not received else "the answer is not HTTP/1")
+        raise NoAnswerError(
+            "the connection was closed before an answer" if not received else "the answer is not HTTP/1"
+        )
     for field in fields:
         name, _, value = field.partition(b":")
         if name.strip().lower() == b"content-length" and value.strip().isdigit() and int(value) != len(body):

@@ -69,13 +69,18 @@ class Progressing:
     def stage(self, name: str) -> None:
         """Say what begins."""
 
-    def measured(self, total_bytes: int) -> Progress:
+    def measured(self, total_bytes: int) -> Progress:  # noqa: ARG002  # a listener that wants to know it overrides this
         """Say that so many bytes are about to be worked through; the result is told how many were."""
         return no_progress
 
 
 def take_snapshot(
-    hotstart_: Hotstart, name: str, source: str | WorkerSpec, options: SnapshotOptions, asked: float, progressing: Progressing
+    hotstart_: Hotstart,
+    name: str,
+    source: str | WorkerSpec,
+    options: SnapshotOptions,
+    asked: float,
+    progressing: Progressing,
 ) -> SnapshotTaken:
     """Checkpoint the running worker named `source`, or run that worker and checkpoint it once it is warm.
 
@@ -94,7 +99,9 @@ def take_snapshot(
             starting = None
         else:
             progressing.stage("starting the worker")
-            starting = stack.enter_context(StartingWorker(hotstart_, source, "worker", hotstart_.folders.claim(name), None))
+            starting = stack.enter_context(
+                StartingWorker(hotstart_, source, "worker", hotstart_.folders.claim(name), None)
+            )
             starting.launch()
             progressing.stage("waiting until it is ready")
             hotstart_.wait_ready(starting)
@@ -161,7 +168,9 @@ def _warm_up(
         answer = hotstart_.asker.ask(door, state.worker.port, request, _WARMUP_TIMEOUT_S)
         if answer.status >= 400:
             said = answer.body[:200].decode(errors="replace").strip()
-            raise HotstartError(f"warm-up request {number} ({request.method} {request.path}) was answered {answer.status}: {said}")
+            raise HotstartError(
+                f"warm-up request {number} ({request.method} {request.path}) was answered {answer.status}: {said}"
+            )
     return Oracle(options.warmup[-1], answer, options.oracle_ignore)
 
 
@@ -178,7 +187,12 @@ def _require_room(hotstart_: Hotstart, state: SandboxState) -> None:
 
 
 def _capture(
-    hotstart_: Hotstart, partial: PartialSnapshot, name: str, state: SandboxState, oracle: Oracle | None, options: SnapshotOptions
+    hotstart_: Hotstart,
+    partial: PartialSnapshot,
+    name: str,
+    state: SandboxState,
+    oracle: Oracle | None,
+    options: SnapshotOptions,
 ) -> tuple[LocalSnapshot, Captured]:
     root_pid = state.host_root_pid()
     pids = tree(root_pid)
@@ -217,7 +231,9 @@ def _capture(
         processes=tuple(
             structs.replace(
                 process,
-                memory_file=f"{state.memory_id}/{by_pid[pid].memory_file}" if pid in by_pid and by_pid[pid].memory_file else None,
+                memory_file=f"{state.memory_id}/{by_pid[pid].memory_file}"
+                if pid in by_pid and by_pid[pid].memory_file
+                else None,
                 strategy="mapped" if pid in by_pid else "copied",
             )
             for pid, process in processes.items()
@@ -233,13 +249,17 @@ def _capture(
 
 def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) -> list[MemoryFile]:
     """Memory files of the snapshot that this worker is a replica of, and of earlier captures, that are still mapped."""
-    mapped = {k.area.path.rpartition("/mem/")[2] for p in captured.folded for k in p.layout.kept if "/mem/" in k.area.path}
+    mapped = {
+        k.area.path.rpartition("/mem/")[2] for p in captured.folded for k in p.layout.kept if "/mem/" in k.area.path
+    }
     if not mapped:
         return []
     known = {m.name: m for name in hotstart_.snapshots.names() for m in hotstart_.snapshots.open(name).manifest.memory}
     missing = mapped - known.keys()
     if missing:
-        raise HotstartError(f"{state.name} has mapped memory of a snapshot that was removed: restore it again from one that exists")
+        raise HotstartError(
+            f"{state.name} has mapped memory of a snapshot that was removed: restore it again from one that exists"
+        )
     return [structs.replace(known[name], index="") for name in sorted(mapped)]
 
 
@@ -251,7 +271,9 @@ def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, progressing: Prog
     (replica,) = hotstart_.restore(local.manifest.name)
     hotstart_.remove(replica.name, force=True)
     receipt = replica.receipt
-    local.manifest = structs.replace(local.manifest, recorded=RecordedRestore(receipt.resumed_s, receipt.first_answer_s))
+    local.manifest = structs.replace(
+        local.manifest, recorded=RecordedRestore(receipt.resumed_s, receipt.first_answer_s)
+    )
     local.save()
     return local
 
@@ -259,7 +281,9 @@ def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, progressing: Prog
 def _require_whole_tree(init_pid: int, root_pid: int) -> None:
     outside = [pid for pid in tree(init_pid)[1:] if pid not in tree(root_pid)]
     if outside:
-        raise HotstartError(f"process {outside[0]} of the worker is not below its root: it cannot be checkpointed with it")
+        raise HotstartError(
+            f"process {outside[0]} of the worker is not below its root: it cannot be checkpointed with it"
+        )
 
 
 def _inner_pid(pid: int) -> int:
@@ -287,7 +311,10 @@ def _write_regions(path: str, captured: Captured) -> None:
     """Write where each area went and why, for `snapshot inspect --memory`."""
     regions = {
         str(p.pid): [
-            *(_region(a.area.start, a.area.end, a.area.protection, a.area.path, f"mapped at {a.offset:#x}") for a in p.layout.placed),
+            *(
+                _region(a.area.start, a.area.end, a.area.protection, a.area.path, f"mapped at {a.offset:#x}")
+                for a in p.layout.placed
+            ),
             *(_region(k.area.start, k.area.end, k.area.protection, k.area.path, k.reason) for k in p.layout.kept),
         ]
         for p in captured.folded
@@ -298,5 +325,3 @@ def _write_regions(path: str, captured: Captured) -> None:
 
 def _region(start: int, end: int, protection: str, path: str, why: str) -> dict[str, str]:
     return {"start": f"{start:x}", "end": f"{end:x}", "protection": protection, "path": path, "why": why}
-
-

@@ -162,14 +162,20 @@ def _ask(hotstart: Hotstart, name: str, worker: WorkerSpec, request: Request) ->
     asked = time.monotonic()
     answer = hotstart.asker.ask(folder.door, worker.port or 0, request, _ANSWER_TIMEOUT_S)
     if answer.status >= 400:
-        raise HotstartError(f"{request.method} {request.path} was answered {answer.status}: {answer.body[:200].decode(errors='replace')}")
+        raise HotstartError(
+            f"{request.method} {request.path} was answered {answer.status}: {answer.body[:200].decode(errors='replace')}"
+        )
     return time.monotonic() - asked
 
 
 def _restore(hotstart: Hotstart, snapshot: str) -> _Round:
     (replica,) = hotstart.restore(snapshot)
     return _measured(
-        hotstart, replica.name, replica.receipt.resumed_s, replica.receipt.first_answer_s or 0.0, dict(replica.receipt.stages)
+        hotstart,
+        replica.name,
+        replica.receipt.resumed_s,
+        replica.receipt.first_answer_s or 0.0,
+        dict(replica.receipt.stages),
     )
 
 
@@ -186,7 +192,9 @@ def _restore_by_command(hotstart: Hotstart, snapshot: str) -> _Round:
     return _measured(hotstart, replica["name"], replica["resumed_s"], replica["first_answer_s"], replica["stages"])
 
 
-def _measured(hotstart: Hotstart, name: str, resumed_s: float, first_answer_s: float, stages: dict[str, float]) -> _Round:
+def _measured(
+    hotstart: Hotstart, name: str, resumed_s: float, first_answer_s: float, stages: dict[str, float]
+) -> _Round:
     memory = hotstart.memory_bytes(name)
     hotstart.remove(name, force=True)
     return _Round(resumed_s, first_answer_s, memory["pss"], memory["own"], stages)
@@ -199,7 +207,11 @@ def _replicas(hotstart: Hotstart, snapshot: str, count: int) -> tuple[ReplicaFig
         hotstart.remove(replica.name, force=True)
     return tuple(
         ReplicaFigures(
-            r.receipt.oracle_ok, r.receipt.resumed_s, r.receipt.first_answer_s, memory[r.name]["pss"], memory[r.name]["own"]
+            r.receipt.oracle_ok,
+            r.receipt.resumed_s,
+            r.receipt.first_answer_s,
+            memory[r.name]["pss"],
+            memory[r.name]["own"],
         )
         for r in started
     )

@@ -150,7 +150,9 @@ class Hotstart:
         if name in self.snapshots.names() or name in published_names(self.store):
             raise BadUsage(f"there is a snapshot {name} already: names are immutable, choose another or remove it")
 
-    def local_snapshot(self, name: str, progress: Progress = no_progress, note: Callable[[str], None] = lambda _: None) -> LocalSnapshot:
+    def local_snapshot(
+        self, name: str, progress: Progress = no_progress, note: Callable[[str], None] = lambda _: None
+    ) -> LocalSnapshot:
         """Return a snapshot that can be restored from here, laid out from the store if need be, checked against its seals.
 
         A damaged local copy is replaced by the store's, if that is good. Raises NotFound, Refused.
@@ -278,7 +280,9 @@ class Hotstart:
         What is in them is memory of workers and their environment: both hold secrets.
         """
         if os.geteuid() != 0:
-            raise MachineLacks("sandboxes and CRIU need root: run this as root (`hotstart doctor` says what else is needed)")
+            raise MachineLacks(
+                "sandboxes and CRIU need root: run this as root (`hotstart doctor` says what else is needed)"
+            )
         for folder in (self.home, self.run_root):
             try:
                 os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -346,5 +350,7 @@ class Hotstart:
         total = {"rss": "Rss", "pss": "Pss", "anonymous": "Pss_Anon", "shared": "Pss_Shmem"}
         sums = {key: sum(m.get(field, 0) for m in of_all) for key, field in total.items()}
         root = f"/proc/{state.init_pid}/root"
-        folders = sum((st.f_blocks - st.f_bfree) * st.f_frsize for st in (os.statvfs(root + f) for f in PRIVATE_FOLDERS))
+        folders = sum(
+            (st.f_blocks - st.f_bfree) * st.f_frsize for st in (os.statvfs(root + f) for f in PRIVATE_FOLDERS)
+        )
         return {"rss": sums["rss"], "pss": sums["pss"], "own": sums["anonymous"] + max(sums["shared"], folders)}

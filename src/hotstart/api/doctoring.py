@@ -69,9 +69,15 @@ def examine(hotstart: Hotstart, *, gpu: bool = False) -> list[Check]:
     ]
     works = all(c.ok for c in checks if c.required and c.name in ("kernel", "privileges", "programs", "criu"))
     if works:
-        checks.append(_tried("snapshot and restore", _try_it, "read the reason; `hotstart --debug doctor` shows where it happened"))
+        checks.append(
+            _tried(
+                "snapshot and restore", _try_it, "read the reason; `hotstart --debug doctor` shows where it happened"
+            )
+        )
     else:
-        checks.append(Check("snapshot and restore", False, "not tried: the checks above come first", "mend those, then ask again"))
+        checks.append(
+            Check("snapshot and restore", False, "not tried: the checks above come first", "mend those, then ask again")
+        )
     return checks
 
 
@@ -87,7 +93,9 @@ def _kernel() -> Check:
     version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release.split(".")[:2])
     if os.uname().machine != "x86_64":
         return Check("kernel", False, f"{release} on {os.uname().machine}", "memory is mapped on x86_64 only so far")
-    return Check("kernel", version >= _OLDEST_KERNEL, f"Linux {release}", "Linux 6.7 or later is needed to find a worker's pages")
+    return Check(
+        "kernel", version >= _OLDEST_KERNEL, f"Linux {release}", "Linux 6.7 or later is needed to find a worker's pages"
+    )
 
 
 def _capabilities() -> int:
@@ -100,13 +108,22 @@ def _privileges() -> Check:
     names = {_CAP_SYS_ADMIN: "SYS_ADMIN", _CAP_SYS_PTRACE: "SYS_PTRACE", _CAP_NET_ADMIN: "NET_ADMIN"}
     missing = [name for bit, name in names.items() if not effective >> bit & 1]
     if os.geteuid() != 0 or missing:
-        return Check("privileges", False, f"uid {os.geteuid()}, without {', '.join(missing) or 'nothing'}", "run as root with these capabilities")
+        return Check(
+            "privileges",
+            False,
+            f"uid {os.geteuid()}, without {', '.join(missing) or 'nothing'}",
+            "run as root with these capabilities",
+        )
     return Check("privileges", True, "root")
 
 
 def _other_users() -> Check:
     has = bool(_capabilities() >> _CAP_SYS_RESOURCE & 1)
-    detail = "workers of any user" if has else "workers of root only: CAP_SYS_RESOURCE is missing, CRIU needs it for other users"
+    detail = (
+        "workers of any user"
+        if has
+        else "workers of root only: CAP_SYS_RESOURCE is missing, CRIU needs it for other users"
+    )
     return Check("users", has, detail, "grant CAP_SYS_RESOURCE, or run workers as root", required=False)
 
 

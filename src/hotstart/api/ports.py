@@ -26,7 +26,9 @@ def listen(publish: Publish) -> socket.socket:
         s.listen(1024)
     except OSError as e:
         s.close()
-        raise HotstartError(f"{publish.host}:{publish.port} cannot be published ({e.strerror}): choose another port, or 0 for any free one") from e
+        raise HotstartError(
+            f"{publish.host}:{publish.port} cannot be published ({e.strerror}): choose another port, or 0 for any free one"
+        ) from e
     return s
 
 

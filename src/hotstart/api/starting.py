@@ -34,7 +34,9 @@ def _environment(worker: WorkerSpec) -> dict[str, str]:
 class StartingWorker:
     """A worker that is being started; ended and forgotten unless it is settled."""
 
-    def __init__(self, hotstart: Hotstart, worker: WorkerSpec, kind: str, folder: RunFolder, publish: Publish | None) -> None:
+    def __init__(
+        self, hotstart: Hotstart, worker: WorkerSpec, kind: str, folder: RunFolder, publish: Publish | None
+    ) -> None:
         self.worker, self.folder = worker, folder
         self._hotstart, self._kind, self._publish = hotstart, kind, publish
         self._settled = False

@@ -28,7 +28,9 @@ def main(arguments: list[str], _entered: float) -> int:
     from hotstart.api.comparing import Comparison, ComparisonOptions, compare
     from hotstart.cli.progress import TerminalProgress
 
-    p = parser("bench", "Measure cold start, plain CRIU and Hotstart side by side for a worker; write JSON and a picture.")
+    p = parser(
+        "bench", "Measure cold start, plain CRIU and Hotstart side by side for a worker; write JSON and a picture."
+    )
     p.usage = "hotstart bench [options] --port PORT --ready-url URL --warmup FILE -- COMMAND..."
     p.add_argument("--engine", default="worker", help="what to call it")
     p.add_argument("--cold-starts", type=int, default=2, help="the first is shown, the last is claimed (2)")
@@ -42,11 +44,15 @@ def main(arguments: list[str], _entered: float) -> int:
     options = p.parse_args(before)
     warmup = read_warmup(options.warmup)
     if not warmup or options.port is None:
-        raise BadUsage("bench needs --port and --warmup: the last request's answer is what every restore is compared with")
+        raise BadUsage(
+            "bench needs --port and --warmup: the last request's answer is what every restore is compared with"
+        )
     wanted = ComparisonOptions(options.cold_starts, options.rounds, options.replicas, options.plain_replicas)
     progress = TerminalProgress(quiet=options.json)
     ignore = tuple(f for f in options.oracle_ignore.split(",") if f)
-    measured: Comparison = compare(open_hotstart(), options.engine, worker_spec(options, command), warmup, ignore, wanted, progress)
+    measured: Comparison = compare(
+        open_hotstart(), options.engine, worker_spec(options, command), warmup, ignore, wanted, progress
+    )
     progress.close()
     if options.out:
         os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
@@ -71,13 +77,26 @@ def print_comparison(m: object) -> None:
 
     assert isinstance(m, Comparison)
     cold, plain, ours, command = m.cold_start_s, m.plain_restore, m.hotstart_restore, m.hotstart_cli_restore
-    print(f"\n{m.engine}: asked for -> first correct answer; caches warm; a warm worker answers in {seconds(m.warm_answer_s)}\n")
+    print(
+        f"\n{m.engine}: asked for -> first correct answer; caches warm; a warm worker answers in {seconds(m.warm_answer_s)}\n"
+    )
     rows = [
         ("cold start, the very first", "-", seconds(m.first_cold_start_s), "-", size(m.worker_bytes), "-"),
         ("cold start, warm disk and compile caches", "-", seconds(cold), "1 x", size(m.worker_bytes), "-"),
         *(
-            (title, seconds(f.resumed_s), seconds(f.first_answer_s), f"{cold / f.first_answer_s:.0f} x", size(f.pss_bytes), size(f.own_bytes))
-            for title, f in (("plain criu restore", plain), ("hotstart restore", ours), ("hotstart restore, command line", command))
+            (
+                title,
+                seconds(f.resumed_s),
+                seconds(f.first_answer_s),
+                f"{cold / f.first_answer_s:.0f} x",
+                size(f.pss_bytes),
+                size(f.own_bytes),
+            )
+            for title, f in (
+                ("plain criu restore", plain),
+                ("hotstart restore", ours),
+                ("hotstart restore, command line", command),
+            )
         ),
     ]
     print_table(("", "RESUMED", "FIRST ANSWER", "FASTER", "MEMORY (PSS)", "OWN MEMORY"), rows)
@@ -91,12 +110,22 @@ def print_comparison(m: object) -> None:
     )
     print("stages of a restore (median round)")
     total = sum(ours.stages.values())
-    print_table(("STAGE", "HOTSTART", "PART", "PLAIN CRIU"), [(s, seconds(t), f"{t / total:.1%}", seconds(plain.stages.get(s))) for s, t in ours.stages.items()])
+    print_table(
+        ("STAGE", "HOTSTART", "PART", "PLAIN CRIU"),
+        [(s, seconds(t), f"{t / total:.1%}", seconds(plain.stages.get(s))) for s, t in ours.stages.items()],
+    )
     print(f"\n{len(m.replicas)} replicas at once")
     print_table(
         ("REPLICA", "RESUMED", "FIRST ANSWER", "SAME ANSWER", "MEMORY (PSS)", "OWN MEMORY"),
         [
-            (i, seconds(r.resumed_s), seconds(r.first_answer_s), "yes" if r.oracle_ok else "NO", size(r.pss_bytes), size(r.own_bytes))
+            (
+                i,
+                seconds(r.resumed_s),
+                seconds(r.first_answer_s),
+                "yes" if r.oracle_ok else "NO",
+                size(r.pss_bytes),
+                size(r.own_bytes),
+            )
             for i, r in enumerate(m.replicas, 1)
         ],
     )

@@ -102,13 +102,19 @@ def add_worker_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--network", choices=("isolated", "egress"), default="isolated", help="egress: it may call out")
     p.add_argument("--memory", metavar="SIZE", help="limit, like 4G")
     p.add_argument("--cpus", type=float, help="limit, like 1.5")
-    p.add_argument("--writable", action="append", default=[], metavar="DIR", help="open a folder of the host for writing")
+    p.add_argument(
+        "--writable", action="append", default=[], metavar="DIR", help="open a folder of the host for writing"
+    )
 
 
 def add_warmup_options(p: argparse.ArgumentParser) -> None:
     """Add the options about warm-up requests."""
-    p.add_argument("--warmup", metavar="FILE", help="JSON lines {method, path, headers, body}; the last answer is the oracle")
-    p.add_argument("--oracle-ignore", default="", metavar="FIELD,...", help="JSON fields dropped before answers are compared")
+    p.add_argument(
+        "--warmup", metavar="FILE", help="JSON lines {method, path, headers, body}; the last answer is the oracle"
+    )
+    p.add_argument(
+        "--oracle-ignore", default="", metavar="FIELD,...", help="JSON fields dropped before answers are compared"
+    )
 
 
 def split_command(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -12,7 +12,11 @@ def main(arguments: list[str], _entered: float) -> int:
     """Run a command inside a sandbox; its exit code is ours."""
     from hotstart.adapters.linux.capture import enter_command
 
-    p = parser("exec", "Run a command inside a worker's sandbox, with its environment and working directory.", json_output=False)
+    p = parser(
+        "exec",
+        "Run a command inside a worker's sandbox, with its environment and working directory.",
+        json_output=False,
+    )
     p.usage = "hotstart exec NAME -- COMMAND..."
     p.add_argument("name", metavar="NAME")
     before, command = split_command(arguments)

@@ -19,7 +19,9 @@ def main(arguments: list[str], _entered: float) -> int:
             ((x.pid, x.name, x.strategy, size(x.data_bytes), size(x.resident_bytes), x.reason) for x in plan.processes),
         )
         print(f"to read from the disk: {size(plan.missing_bytes)}")
-        print(f"predicted: resumed {seconds(plan.predicted_resumed_s)}, first answer {seconds(plan.predicted_first_answer_s)}")
+        print(
+            f"predicted: resumed {seconds(plan.predicted_resumed_s)}, first answer {seconds(plan.predicted_first_answer_s)}"
+        )
         for note in plan.notes:
             print(f"note: {note}")
         for refusal in plan.refusals:

@@ -7,7 +7,7 @@ import matplotlib as mpl
 from hotstart.api.comparing import Comparison
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  # the backend has to be chosen first
+from matplotlib import pyplot as plt  # the backend has to be chosen first
 
 _COLD, _PLAIN, _OURS = "#9aa5b1", "#d98c3f", "#2a7f62"
 

@@ -44,7 +44,9 @@ class TerminalProgress(Progressing):
             left = max(0, total_bytes - done) / max(rate, 1.0)
             part = min(1.0, done / max(total_bytes, 1))
             bar = "#" * int(part * _WIDTH)
-            self._draw(f"{self._stage:<12} [{bar:<{_WIDTH}}] {size(done)} of {size(total_bytes)}, {size(rate)}/s, {seconds(left)} left")
+            self._draw(
+                f"{self._stage:<12} [{bar:<{_WIDTH}}] {size(done)} of {size(total_bytes)}, {size(rate)}/s, {seconds(left)} left"
+            )
 
         return advance
 

@@ -33,7 +33,10 @@ def main(arguments: list[str], _entered: float) -> int:
     else:
         print_table(
             ("NAME", "KIND", "SNAPSHOT", "STATE", "PID", "ADDRESS"),
-            ([r["name"], r["kind"], r["snapshot"] or "-", r["state"], r["pid"] or "-", r["address"] or "-"] for r in rows),
+            (
+                [r["name"], r["kind"], r["snapshot"] or "-", r["state"], r["pid"] or "-", r["address"] or "-"]
+                for r in rows
+            ),
         )
     return 0
 

@@ -30,6 +30,11 @@ def main(arguments: list[str], _entered: float) -> int:
         rows.append((name, seconds(took), f"{took / total:.1%}", bar))
         at += took
     print_table(("STAGE", "TOOK", "PART", ""), rows)
-    print(f"total {seconds(total)}; resumed {seconds(receipt['resumed_s'])} (predicted {seconds(receipt['predicted_resumed_s'])}), ", end="")
-    print(f"first answer {seconds(receipt['first_answer_s'])} (predicted {seconds(receipt['predicted_first_answer_s'])})")
+    print(
+        f"total {seconds(total)}; resumed {seconds(receipt['resumed_s'])} (predicted {seconds(receipt['predicted_resumed_s'])}), ",
+        end="",
+    )
+    print(
+        f"first answer {seconds(receipt['first_answer_s'])} (predicted {seconds(receipt['predicted_first_answer_s'])})"
+    )
     return 0

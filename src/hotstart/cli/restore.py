@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hotstart.cli.common import open_hotstart, parse_publish, parser, print_json, print_table, process_start, say, seconds
+from hotstart.cli.common import (
+    open_hotstart,
+    parse_publish,
+    parser,
+    print_json,
+    print_table,
+    process_start,
+    say,
+    seconds,
+)
 
 if TYPE_CHECKING:
     from hotstart.api.restoring import Started
@@ -19,7 +28,9 @@ def main(arguments: list[str], _entered: float) -> int:
     p.add_argument("snapshot", metavar="SNAP")
     p.add_argument("--replicas", type=int, default=1, metavar="N", help="how many (1)")
     p.add_argument("--name", help="of the replica; of several, NAME-1, NAME-2, ...")
-    p.add_argument("--publish", metavar="[HOST:]PORT", help="host port; replicas take consecutive ones; 0 is any free port")
+    p.add_argument(
+        "--publish", metavar="[HOST:]PORT", help="host port; replicas take consecutive ones; 0 is any free port"
+    )
     p.add_argument("--no-wait", action="store_true", help="return when the port accepts connections")
     options = p.parse_args(arguments)
     publish = parse_publish(options.publish)
@@ -38,7 +49,10 @@ def main(arguments: list[str], _entered: float) -> int:
     else:
         print_table(
             ("REPLICA", "ADDRESS", "RESUMED", "FIRST ANSWER", "ORACLE"),
-            ((r.name, r.address or "-", seconds(r.receipt.resumed_s), seconds(r.receipt.first_answer_s), _oracle(r)) for r in replicas),
+            (
+                (r.name, r.address or "-", seconds(r.receipt.resumed_s), seconds(r.receipt.first_answer_s), _oracle(r))
+                for r in replicas
+            ),
         )
     return 0
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from hotstart.cli.common import add_worker_options, open_hotstart, parse_publish, parser, print_json, split_command, worker_spec
+from hotstart.cli.common import (
+    add_worker_options,
+    open_hotstart,
+    parse_publish,
+    parser,
+    print_json,
+    split_command,
+    worker_spec,
+)
 
 
 def main(arguments: list[str], _entered: float) -> int:

@@ -73,7 +73,9 @@ def _create(arguments: list[str]) -> int:
     p.add_argument("--from", dest="source", metavar="NAME", help="checkpoint this running worker or replica")
     p.add_argument("--keep", action="store_true", help="leave the worker running")
     p.add_argument("--wait-stored", action="store_true", help="return when it is packed in the store")
-    p.add_argument("--plain", action="store_true", help="dump as CRIU alone does, for comparison: restores copy all memory")
+    p.add_argument(
+        "--plain", action="store_true", help="dump as CRIU alone does, for comparison: restores copy all memory"
+    )
     add_warmup_options(p)
     add_worker_options(p)
     before, command = split_command(arguments)
@@ -166,7 +168,13 @@ def _ls(arguments: list[str]) -> int:
     print_table(
         ("SNAPSHOT", "WHERE", "MEMORY", "PROCESSES", "TAKEN"),
         (
-            (r["snapshot"], r["where"], "damaged" if r["damaged"] else size(r["logical_bytes"]), r["processes"] or "-", _when(r["created_unix_s"]))  # type: ignore[arg-type]
+            (
+                r["snapshot"],
+                r["where"],
+                "damaged" if r["damaged"] else size(r["logical_bytes"]),
+                r["processes"] or "-",
+                _when(r["created_unix_s"]),
+            )  # type: ignore[arg-type]
             for r in rows
         ),
     )
@@ -197,7 +205,17 @@ def _inspect(arguments: list[str]) -> int:
             print(f"process {pid}")
             print_table(
                 ("START", "END", "SIZE", "PROT", "WHY", "BACKED BY"),
-                ((a["start"], a["end"], size(int(a["end"], 16) - int(a["start"], 16)), a["protection"], a["why"], a["path"]) for a in areas),
+                (
+                    (
+                        a["start"],
+                        a["end"],
+                        size(int(a["end"], 16) - int(a["start"], 16)),
+                        a["protection"],
+                        a["why"],
+                        a["path"],
+                    )
+                    for a in areas
+                ),
             )
         return 0
     manifest = hotstart.manifest(options.name)
@@ -209,11 +227,19 @@ def _inspect(arguments: list[str]) -> int:
         return 0
     print(f"{manifest.name}  {document['digest']}")
     print(f"command   {' '.join(manifest.worker.command)}")
-    print(f"taken on  {manifest.host.architecture}, kernel {manifest.host.kernel}, CRIU {manifest.host.criu}, {manifest.host.libc}")
-    print(f"memory    {size(manifest.logical_bytes)} resident, {size(sum(m.data_bytes for m in manifest.memory))} in memory files")
-    print(f"files     {len(manifest.files)} of its own ({size(sum(f.size_bytes for f in manifest.files))}), needs {len(manifest.needs)} of the host")
+    print(
+        f"taken on  {manifest.host.architecture}, kernel {manifest.host.kernel}, CRIU {manifest.host.criu}, {manifest.host.libc}"
+    )
+    print(
+        f"memory    {size(manifest.logical_bytes)} resident, {size(sum(m.data_bytes for m in manifest.memory))} in memory files"
+    )
+    print(
+        f"files     {len(manifest.files)} of its own ({size(sum(f.size_bytes for f in manifest.files))}), needs {len(manifest.needs)} of the host"
+    )
     if manifest.recorded:
-        print(f"recorded  resumed {seconds(manifest.recorded.resumed_s)}, first answer {seconds(manifest.recorded.first_answer_s)}")
+        print(
+            f"recorded  resumed {seconds(manifest.recorded.resumed_s)}, first answer {seconds(manifest.recorded.first_answer_s)}"
+        )
     print_table(
         ("PID", "PROCESS", "THREADS", "STRATEGY", "MEMORY FILE"),
         ((x.pid, x.name, x.threads, x.strategy, x.memory_file or "-") for x in manifest.processes),

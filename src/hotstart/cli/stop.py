@@ -7,7 +7,9 @@ from hotstart.cli.common import open_hotstart, parser
 
 def main(arguments: list[str], _entered: float) -> int:
     """End workers and replicas."""
-    p = parser("stop", "Ask workers and replicas to end (SIGTERM), and end them after a grace period.", json_output=False)
+    p = parser(
+        "stop", "Ask workers and replicas to end (SIGTERM), and end them after a grace period.", json_output=False
+    )
     p.add_argument("names", metavar="NAME", nargs="+")
     p.add_argument("--grace", type=float, default=10.0, metavar="S", help="seconds before it is ended (10)")
     options = p.parse_args(arguments)

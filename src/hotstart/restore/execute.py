@@ -44,7 +44,9 @@ class Replica(Struct):
         return self.sandbox
 
 
-def start_replicas(replicas: Sequence[Replica], sandboxes: Sandboxes, marks: Mapping[str, float], clock: Callable[[], float]) -> None:
+def start_replicas(
+    replicas: Sequence[Replica], sandboxes: Sandboxes, marks: Mapping[str, float], clock: Callable[[], float]
+) -> None:
     """Start all sandboxes, each with CRIU as its program; none is waited for."""
     for replica in replicas:
         replica.marks = dict(marks)
@@ -68,7 +70,9 @@ def finish_replica(
         replica.running.wait_for("restored", RESTORE_TIMEOUT_S)
     except HotstartError as e:
         if "failed" in str(e):
-            raise HotstartError(f"CRIU could not restore: {why_criu_failed(os.path.join(work_folder, 'restore.log'))}") from e
+            raise HotstartError(
+                f"CRIU could not restore: {why_criu_failed(os.path.join(work_folder, 'restore.log'))}"
+            ) from e
         raise
     replica.marks["noticed"] = clock()
     if port is None:

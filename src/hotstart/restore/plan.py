@@ -128,7 +128,9 @@ def refusals(manifest: Manifest, node: NodeFacts) -> list[str]:
     if copied:
         needed = manifest.logical_bytes
     if node.free_memory_bytes < needed:
-        found.append(f"it needs about {needed >> 20} MiB of free memory, {node.free_memory_bytes >> 20} MiB are available")
+        found.append(
+            f"it needs about {needed >> 20} MiB of free memory, {node.free_memory_bytes >> 20} MiB are available"
+        )
     return found
 
 

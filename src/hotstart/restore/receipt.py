@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 # What hotstart-init reports, in order, and the stage that ends there.
-_INIT_STAGES = (("namespaces", "namespaces"), ("mounts", "mounts"), ("files", "files"), ("started", "init"), ("restored", "criu"))
+_INIT_STAGES = (
+    ("namespaces", "namespaces"),
+    ("mounts", "mounts"),
+    ("files", "files"),
+    ("started", "init"),
+    ("restored", "criu"),
+)
 
 
 class Receipt(Struct, frozen=True):

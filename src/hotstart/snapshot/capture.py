@@ -18,7 +18,9 @@ from hotstart.snapshot.layout import MEMORY_FOLDER, Layout
 from hotstart.snapshot.worker import PRIVATE_FOLDERS, SUPPORT_FOLDER
 
 # In the private /run, but not the snapshot's: CRIU's cache, the memory files' folder, what a capture itself put there.
-NOT_OF_THE_SNAPSHOT = frozenset({"/run/criu.kdat", MEMORY_FOLDER, f"{SUPPORT_FOLDER}/capture", f"{SUPPORT_FOLDER}/identity"})
+NOT_OF_THE_SNAPSHOT = frozenset(
+    {"/run/criu.kdat", MEMORY_FOLDER, f"{SUPPORT_FOLDER}/capture", f"{SUPPORT_FOLDER}/identity"}
+)
 
 
 class FoldedProcess(Struct, frozen=True):
@@ -112,7 +114,9 @@ def capture(
                 tree.release()
         except FoldRefused as e:
             if "No space left" in str(e):
-                raise HotstartError(f"the disk is full: the worker's memory does not fit into {source.memory_folder}") from e
+                raise HotstartError(
+                    f"the disk is full: the worker's memory does not fit into {source.memory_folder}"
+                ) from e
             refused = str(e)
     # At once: every page that the worker dirties from here on is one that CRIU has to write.
     dumper.dump(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from msgspec import Struct
 
 from hotstart.errors import Damaged, Refused
@@ -104,7 +103,9 @@ def parse_manifest(data: bytes) -> Manifest:
             raise Damaged(f"not a snapshot manifest but {head.format[:40]!r}")
         if head.format_version[0] > FORMAT_MAJOR:
             major, minor = head.format_version
-            raise Refused(f"this snapshot has format {major}.{minor}, this hotstart reads up to {FORMAT_MAJOR}.x: update hotstart")
+            raise Refused(
+                f"this snapshot has format {major}.{minor}, this hotstart reads up to {FORMAT_MAJOR}.x: update hotstart"
+            )
         return decode(Manifest, data)
     except IllFormedError as e:
         raise Damaged(f"the manifest is damaged ({e})") from e

@@ -74,7 +74,9 @@ def parse_warmup(text: str, source: str) -> list[Request]:
             headers = {str(k): str(v) for k, v in (entry.get("headers") or {}).items()}
             requests.append(_request(entry, headers))
         except (DecodeError, ValueError, KeyError, AttributeError, TypeError) as e:
-            raise BadUsage(f'{source}:{number}: not a warm-up line ({e}); write {{"method", "path", "headers", "body"}}') from e
+            raise BadUsage(
+                f'{source}:{number}: not a warm-up line ({e}); write {{"method", "path", "headers", "body"}}'
+            ) from e
     return requests
 
 

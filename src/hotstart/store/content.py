@@ -6,8 +6,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-from msgspec import Struct
 from blake3 import blake3
+from msgspec import Struct
 
 from hotstart.errors import Damaged
 from hotstart.snapshot.manifest import CHUNK_BYTES

@@ -50,7 +50,9 @@ class DirectoryStore:
             return False
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise HotstartError(f"no room in the store at {self._root}: free some space, or remove snapshots") from e
+                raise HotstartError(
+                    f"no room in the store at {self._root}: free some space, or remove snapshots"
+                ) from e
             raise HotstartError(f"the store at {self._root} cannot be written: {e.strerror}") from e
         finally:
             with suppress(FileNotFoundError):

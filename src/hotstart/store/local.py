@@ -107,9 +107,13 @@ class LocalSnapshot(Struct):
             raise Damaged(f"{file.path} of snapshot {self.manifest.name} is damaged: {_advice(self.manifest.name)}")
 
     def _verify_memory(self, memory: MemoryFile, progress: Progress) -> None:
-        problem = Damaged(f"memory file {memory.name} of snapshot {self.manifest.name} is damaged: {_advice(self.manifest.name)}")
+        problem = Damaged(
+            f"memory file {memory.name} of snapshot {self.manifest.name} is damaged: {_advice(self.manifest.name)}"
+        )
         if not memory.index:
-            raise Damaged(f"memory file {memory.name} of snapshot {self.manifest.name} changed before it was digested: take it again")
+            raise Damaged(
+                f"memory file {memory.name} of snapshot {self.manifest.name} changed before it was digested: take it again"
+            )
         try:
             with open(self.memory_path(memory.name), "rb") as f:
                 if os.fstat(f.fileno()).st_size != memory.size_bytes:
@@ -118,7 +122,10 @@ class LocalSnapshot(Struct):
                     at = 0
                     for extent in self.extents(memory):
                         end = extent.offset + extent.length
-                        if not _is_zero(f.fileno(), view, at, extent.offset) or digest_of(view[extent.offset : end]) != extent.digest:
+                        if (
+                            not _is_zero(f.fileno(), view, at, extent.offset)
+                            or digest_of(view[extent.offset : end]) != extent.digest
+                        ):
                             raise problem
                         progress(extent.length)
                         at = end
@@ -236,7 +243,9 @@ class PartialSnapshot:
             fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             os.close(self.lock_fd)
-            raise BadUsage(f"snapshot {name} is being made by another command: wait for it, or choose another name") from e
+            raise BadUsage(
+                f"snapshot {name} is being made by another command: wait for it, or choose another name"
+            ) from e
         self.folder = os.path.join(root, f".{name}.partial")
         _remove_tree(self.folder)
         os.mkdir(self.folder)
@@ -360,5 +369,3 @@ def _sync(folder: str) -> None:
 
 def _mapped(fd: int, length: int) -> mmap.mmap:
     return mmap.mmap(fd, length, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
-
-

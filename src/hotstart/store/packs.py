@@ -31,7 +31,9 @@ class Place(Struct, frozen=True):
 class PackWriter:
     """Gathers chunks into packs and writes each as it is full. Chunks in `known` are there already."""
 
-    def __init__(self, store: Store, known: Mapping[str, Place], progress: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self, store: Store, known: Mapping[str, Place], progress: Callable[[int], None] = lambda _: None
+    ) -> None:
         self.places: dict[str, Place] = dict(known)
         self.written_bytes = 0
         self._store = store

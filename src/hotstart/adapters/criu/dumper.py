@@ -61,7 +61,9 @@ class CriuDumper:
                 program.wait()
                 raise
             if program.wait():
-                raise HotstartError(f"CRIU could not dump the worker: {why_it_failed(os.path.join(images, 'dump.log'))}")
+                raise HotstartError(
+                    f"CRIU could not dump the worker: {why_it_failed(os.path.join(images, 'dump.log'))}"
+                )
         finally:
             for fd in (images_fd, *pipes):
                 os.close(fd)

@@ -26,7 +26,9 @@ class Criu:
         import subprocess
 
         try:
-            said = subprocess.run([self.path, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+            said = subprocess.run(
+                [self.path, "--version"], capture_output=True, text=True, timeout=10, check=False
+            ).stdout
         except (OSError, subprocess.TimeoutExpired) as e:
             raise MachineLacks(f"CRIU at {self.path} does not run ({e}): run scripts/install-criu") from e
         match = re.search(r"Version: (\d+)\.(\d+)(?:\.(\d+))?", said)
@@ -39,7 +41,9 @@ class Criu:
         version = self.version()
         if version < OLDEST:
             found = ".".join(map(str, version))
-            raise MachineLacks(f"CRIU {found} at {self.path} is too old, 4.2 or later is needed: run scripts/install-criu")
+            raise MachineLacks(
+                f"CRIU {found} at {self.path} is too old, 4.2 or later is needed: run scripts/install-criu"
+            )
         return version
 
     def dump_command(self, root_pid: int, images_fd: int, hook: str) -> list[str]:

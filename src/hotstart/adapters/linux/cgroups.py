@@ -25,7 +25,9 @@ def make_cgroups(name: str, memory_bytes: int | None, cpus: float | None) -> tup
             quota = {"cpu.cfs_period_us": str(_PERIOD_US), "cpu.cfs_quota_us": str(int(cpus * _PERIOD_US))}
             folders.append(_group(f"{_ROOT}/cpu", name, quota))
     except OSError as e:
-        raise MachineLacks(f"control groups cannot be made here ({e}): leave out --memory and --cpus, or see `hotstart doctor`") from e
+        raise MachineLacks(
+            f"control groups cannot be made here ({e}): leave out --memory and --cpus, or see `hotstart doctor`"
+        ) from e
     return tuple(folders)
 
 

@@ -47,4 +47,6 @@ def _call(*command: str) -> None:
     except FileNotFoundError as e:
         raise MachineLacks(f"--network egress needs {command[0]}: install iproute2 and iptables") from e
     if done.returncode:
-        raise HotstartError(f"--network egress: {' '.join(command[:4])} failed: {done.stderr.strip() or done.returncode}")
+        raise HotstartError(
+            f"--network egress: {' '.join(command[:4])} failed: {done.stderr.strip() or done.returncode}"
+        )

@@ -61,7 +61,17 @@ def _record(
     name, goal, spans = os.fsencode(path), os.fsencode(target), [_RUN.pack(*r) for r in runs]
     size = st.st_size if kind == b"F" else 0
     out.write(
-        _RECORD.pack(kind[0], len(name), len(goal), stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid, len(spans), size, st.st_mtime_ns)
+        _RECORD.pack(
+            kind[0],
+            len(name),
+            len(goal),
+            stat.S_IMODE(st.st_mode),
+            st.st_uid,
+            st.st_gid,
+            len(spans),
+            size,
+            st.st_mtime_ns,
+        )
     )
     out.write(b"".join([name, goal, *spans]))
 

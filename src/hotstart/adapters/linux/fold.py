@@ -43,7 +43,9 @@ class Fold:
     def __enter__(self) -> Fold:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._orders.close()
         self._program.wait()
         self._answers.close()

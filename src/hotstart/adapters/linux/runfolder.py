@@ -194,8 +194,6 @@ class RunFolders:
         return {i for _, state in self.all() if state.alive() for i in state.memory_ids}
 
 
-
-
 def _shell_status(wait_status: int) -> int:
     if os.WIFSIGNALED(wait_status):
         return 128 + os.WTERMSIG(wait_status)

@@ -37,7 +37,15 @@ class LinuxSandbox:
         passed(life_read)
         door = listen_unix(spec.door_path)
         append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        argv = [native_program("hotstart-init"), "-s", str(status_write), "-l", str(life_read), "-d", str(door.fileno())]
+        argv = [
+            native_program("hotstart-init"),
+            "-s",
+            str(status_write),
+            "-l",
+            str(life_read),
+            "-d",
+            str(door.fileno()),
+        ]
         argv += ["-o", str(passed(os.open(spec.log_path, append, 0o644)))]
         argv += ["-x", str(passed(os.open(spec.result_path, append | os.O_TRUNC, 0o644)))]
         argv += ["-h", spec.hostname, "-c", spec.cwd, "-p", str(spec.root_pid)]
