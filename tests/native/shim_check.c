@@ -450,7 +450,7 @@ CHECK(an_area_that_was_zeroed_in_part_moves_as_one)
 	}
 }
 
-CHECK(a_range_with_holes_or_mixed_protection_cannot_grow)
+CHECK(a_range_that_was_never_one_area_cannot_grow)
 {
 	byte *p = room(0);
 	folded(p, 3, 0xAA), folded(p + 4 * P, 2, 0xAA);
@@ -459,6 +459,21 @@ CHECK(a_range_with_holes_or_mixed_protection_cannot_grow)
 	EXPECT(mprotect(p + 2 * P, P, PROT_READ) == 0);
 	EXPECT_ERRNO(mremap(p, 6 * P, 8 * P, MREMAP_MAYMOVE), EFAULT);
 	EXPECT(all(p, 6 * P, 0xAA) && !mapped(p + 6 * P));
+	for (int shared = 0; shared < 2; shared++) {
+		int fd = shared ? -1 : memfd_create("of others", 0), flags = shared ? MAP_SHARED | MAP_ANONYMOUS : MAP_PRIVATE;
+		folded(p, 6, 0xAA);
+		EXPECT(shared || ftruncate(fd, (off_t)P) == 0);
+		EXPECT(mmap(p + 2 * P, P, RW, flags | MAP_FIXED, fd, 0) == p + 2 * P);
+		EXPECT_ERRNO(mremap(p, 6 * P, 8 * P, MREMAP_MAYMOVE), EFAULT);
+	}
+}
+
+CHECK(moving_and_shrinking_a_split_area_at_once_is_refused_and_harmless)
+{
+	byte *p = folded(room(0), 8, 0xAA), *to = anonymous(room(1), 8 * P, 0xBB);
+	EXPECT(madvise(p + 2 * P, 2 * P, MADV_DONTNEED) == 0);
+	EXPECT_ERRNO(mremap(p, 8 * P, 6 * P, MREMAP_MAYMOVE | MREMAP_FIXED, to), EFAULT);
+	EXPECT(all(p, 2 * P, 0xAA) && all(p + 2 * P, 2 * P, 0) && all(p + 4 * P, 2 * P, 0xAA));
 }
 
 CHECK(dontunmap_leaves_zeros_behind)
@@ -475,6 +490,15 @@ CHECK(a_locked_area_grows_locked)
 		EXPECT(mremap(p, pages * P, (pages + 4) * P, 0) == p && all(p + pages * P, 4 * P, 0));
 		EXPECT_ERRNO(raw_madvise(p + pages * P, 4 * P, MADV_DONTNEED), EINVAL);
 	}
+}
+
+CHECK(no_descriptor_is_left_open)
+{
+	byte *p = folded(room(0), 8, 0xAA);
+	int before = dup(0);
+	EXPECT(before >= 0 && close(before) == 0);
+	EXPECT(madvise(p, P, MADV_DONTNEED) == 0 && mremap(p, 8 * P, 9 * P, 0) == p && madvise(p - P, 2 * P, MADV_FREE) == -1);
+	EXPECT(dup(0) == before);
 }
 
 CHECK(posix_madvise_needs_no_help) /* its DONTNEED does nothing in glibc and musl alike */
@@ -542,7 +566,7 @@ CHECK(moving_in_pieces_that_fails_half_way_is_undone)
 
 /* Every system call of the shim traps here (its sixth argument is 0, ours is not); at the chosen one the area is folded first. */
 static struct { byte *at; int fd, calls, strike_at; } victim;
-enum { OURS = 4096 };
+enum { OURS = 4096, STRUCK = 2 };
 
 static void strike(void)
 {
@@ -591,7 +615,7 @@ static void trap_the_shim(void)
 	EXPECT(!prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program));
 }
 
-/* Returns whether the fold struck at all: the call may have made fewer system calls than that. */
+/* Returns 0 if the fold did not strike, because the call made fewer system calls than that. */
 static int struck_during(int operation, int strike_at)
 {
 	byte *p = victim.at = anonymous(room(0), 4 * P, 0xAA);
@@ -602,7 +626,7 @@ static int struck_during(int operation, int strike_at)
 	if (operation == 0) EXPECT(madvise(p, 4 * P, MADV_DONTNEED) == 0 && all(p, 4 * P, 0));
 	if (operation == 1) EXPECT(madvise(p, 4 * P, MADV_FREE) == 0 && (all(p, 4 * P, 0) || all(p, 4 * P, 0xAA)));
 	if (operation == 2) EXPECT(mremap(p, 4 * P, 8 * P, 0) == p && all(p, 4 * P, 0xAA) && all(p + 4 * P, 4 * P, 0));
-	return victim.calls > strike_at;
+	return victim.calls > strike_at ? STRUCK : 0;
 }
 
 static int struck_during_in_child(void *argument) { int *a = argument; return struck_during(a[0], a[1]); }
@@ -610,8 +634,8 @@ static int struck_during_in_child(void *argument) { int *a = argument; return st
 CHECK(a_fold_may_strike_before_any_system_call_of_the_shim)
 {
 	for (int operation = 0; operation < 3; operation++) {
-		int struck = 1, a[2] = {operation, 0};
-		for (; struck == 1 && a[1] < 64; a[1]++) struck = in_child(struck_during_in_child, a);
+		int struck = STRUCK, a[2] = {operation, 0};
+		for (; struck == STRUCK && a[1] < 64; a[1]++) struck = in_child(struck_during_in_child, a);
 		EXPECT(struck == 0);  /* else a child said what was wrong, or died */
 		EXPECT(a[1] > 1);
 	}

@@ -227,7 +227,7 @@ def _capture(
         worker=state.worker,
         host=host_fingerprint(hotstart_.criu_version()),
         root_pid=state.root_pid,
-        log_pipe=captured.log_pipe,
+        log_pipe=state.log_pipe,
         processes=tuple(
             structs.replace(
                 process,

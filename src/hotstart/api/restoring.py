@@ -104,9 +104,8 @@ class RestoringReplicas:
             s = self._stack.enter_context(listen(Publish(publish.host, publish.port + i if publish.port else 0)))
             listeners = ((s, worker.port),)
         self._addresses.append(address_of(listeners[0][0]) if listeners else None)
-        memory_id = os.urandom(8).hex()
+        memory_id = folder.begin_memory(hotstart.snapshots.memory_root)
         self._memory_ids.append(memory_id)
-        os.makedirs(os.path.join(hotstart.snapshots.memory_root, memory_id))
         self._cgroups.append(make_cgroups(folder.name, worker.memory_bytes, worker.cpus))
         os.mkdir(folder.file("work"))
         with open(folder.file("identity"), "wb") as f:
@@ -195,6 +194,7 @@ class RestoringReplicas:
             root_pid=manifest.root_pid,
             worker=manifest.worker,
             log_path=hotstart.log_path(folder.name),
+            log_pipe=sandbox.log_pipe,
             created_unix_s=int(time.time()),
             snapshot=manifest.name,
             address=self._addresses[i],

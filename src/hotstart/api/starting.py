@@ -14,7 +14,7 @@ from hotstart.adapters.linux.procfs import start_ticks
 from hotstart.adapters.linux.runfolder import RunFolder, SandboxState
 from hotstart.adapters.linux.sandbox import LinuxSandboxes
 from hotstart.api.ports import Publish, address_of, listen
-from hotstart.errors import BadUsage, HotstartError
+from hotstart.errors import BadUsage
 from hotstart.snapshot.layout import MEMORY_FOLDER, UNFOLDED
 from hotstart.snapshot.sandbox import Bind, Sandbox, SandboxSpec
 from hotstart.snapshot.worker import ROOT_PID, SUPPORT_FOLDER, WorkerSpec
@@ -44,8 +44,7 @@ class StartingWorker:
         self._launched = False
         self._cgroups: tuple[str, ...] = ()
         self._cleanup = ExitStack()
-        self.memory_id = os.urandom(8).hex()
-        self.memory_folder = os.path.join(hotstart.snapshots.memory_root, self.memory_id)
+        self.memory_id = ""
         self.log_path = ""
         self.address: str | None = None
 
@@ -67,10 +66,8 @@ class StartingWorker:
             raise BadUsage(f"no program {worker.command[0]}: is the path right?")
         with suppress(FileNotFoundError):
             os.unlink(self.log_path)
-        try:
-            os.makedirs(self.memory_folder)
-        except OSError as e:
-            raise HotstartError(f"{self._hotstart.home} cannot be written: {e.strerror}") from e
+        memory_root = self._hotstart.snapshots.memory_root
+        self.memory_id = self.folder.begin_memory(memory_root)
         self._cgroups = make_cgroups(name, worker.memory_bytes, worker.cpus)
         listeners: tuple[tuple[socket.socket, int], ...] = ()
         if self._publish:
@@ -87,7 +84,10 @@ class StartingWorker:
             log_path=self.log_path,
             result_path=self.folder.result,
             door_path=self.folder.door,
-            binds=(*worker_binds(worker), Bind(self.memory_folder, f"{MEMORY_FOLDER}/{self.memory_id}")),
+            binds=(
+                *worker_binds(worker),
+                Bind(os.path.join(memory_root, self.memory_id), f"{MEMORY_FOLDER}/{self.memory_id}"),
+            ),
             copies=((native_program("libhotstart-shim.so"), f"{SUPPORT_FOLDER}/shim.so"), (os.devnull, UNFOLDED)),
             listeners=listeners,
             cgroups=self._cgroups,
@@ -120,6 +120,7 @@ class StartingWorker:
             root_pid=ROOT_PID,
             worker=self.worker,
             log_path=self.log_path,
+            log_pipe=self.sandbox.log_pipe,
             created_unix_s=int(time.time()),
             address=self.address,
             cgroups=self._cgroups,
@@ -140,8 +141,9 @@ class StartingWorker:
         if self._launched:
             self.sandbox.kill()
         remove_cgroups(self._cgroups)
-        with suppress(OSError):
-            os.rmdir(self.memory_folder)
+        if self.memory_id:
+            with suppress(OSError):
+                os.rmdir(os.path.join(self._hotstart.snapshots.memory_root, self.memory_id))
         if self.log_path:
             with suppress(FileNotFoundError):
                 os.unlink(self.log_path)

@@ -165,20 +165,14 @@ def _ls(arguments: list[str]) -> int:
     if options.json:
         print_json(rows)
         return 0
-    print_table(
-        ("SNAPSHOT", "WHERE", "MEMORY", "PROCESSES", "TAKEN"),
-        (
-            (
-                r["snapshot"],
-                r["where"],
-                "damaged" if r["damaged"] else size(r["logical_bytes"]),
-                r["processes"] or "-",
-                _when(r["created_unix_s"]),
-            )  # type: ignore[arg-type]
-            for r in rows
-        ),
-    )
+    print_table(("SNAPSHOT", "WHERE", "MEMORY", "PROCESSES", "TAKEN"), map(_ls_line, rows))
     return 0
+
+
+def _ls_line(row: dict[str, object]) -> list[object]:
+    memory = row["logical_bytes"]
+    shown = size(memory) if isinstance(memory, int) else "damaged"
+    return [row["snapshot"], row["where"], shown, row["processes"] or "-", _when(row["created_unix_s"])]
 
 
 def _when(unix_s: object) -> str:

@@ -588,7 +588,11 @@ static void init(char **program)
 	ep = epoll_create1(EPOLL_CLOEXEC);
 	int signals = signalfd(-1, &all, SFD_NONBLOCK | SFD_CLOEXEC);
 	pid_t pid = start(program, log_pipe[1]);
-	event("started", "");
+	struct stat log_stat;
+	char log_inode[32];
+	fstat(log_pipe[0], &log_stat);
+	snprintf(log_inode, sizeof log_inode, "%lu", (unsigned long)log_stat.st_ino);
+	event("started", log_inode); /* the caller must know the pipe: a restore gives the tree another one in its place */
 	close(log_pipe[1]);
 	for (int i = 0; i < opt.n_keeps; i++) close(opt.keeps[i]);
 	nonblocking(log_pipe[0]);

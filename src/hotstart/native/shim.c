@@ -110,9 +110,8 @@ static int query_area(struct maps *m, uintptr_t at, struct area *a)
 	name[0] = 0;
 	long r = kernel(SYS_ioctl, m->fd, PROCMAP_QUERY, (long)&q, 0, 0);
 	if (r < 0) return r == -ENOENT ? 0 : -1;
-	bool private = !(q.vma_flags & AREA_IS_SHARED);
-	*a = (struct area){q.vma_start, q.vma_end, (int)(q.vma_flags & 7), private && q.inode && is_our_name(name),
-			   private && !q.inode};
+	*a = (struct area){q.vma_start, q.vma_end, .prot = (int)(q.vma_flags & 7), .anonymous = !q.inode,
+			   .ours = q.inode && !(q.vma_flags & AREA_IS_SHARED) && is_our_name(name)};
 	return 1;
 }
 
@@ -159,7 +158,7 @@ static int scan_area(struct maps *m, uintptr_t at, struct area *a)
 		const char *mode = p + 1, *inode = next_field(next_field(next_field(mode)));
 		a->prot = (mode[0] == 'r' ? PROT_READ : 0) | (mode[1] == 'w' ? PROT_WRITE : 0) | (mode[2] == 'x' ? PROT_EXEC : 0);
 		a->ours = mode[3] == 'p' && is_our_name(next_field(inode));
-		a->anonymous = mode[3] == 'p' && inode[0] == '0' && inode[1] != 0;
+		a->anonymous = inode[0] == '0';
 		return 1;
 	}
 	return 0;

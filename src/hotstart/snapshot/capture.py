@@ -80,7 +80,6 @@ class Captured(Struct, frozen=True):
     """What a capture gave; `refused` says why memory was not folded, if it was not. Times are CLOCK_MONOTONIC seconds."""
 
     folded: tuple[FoldedProcess, ...]
-    log_pipe: str
     refused: str | None
     frozen_at: float
     thawed_at: float
@@ -103,7 +102,6 @@ def capture(
     """
     images = os.path.join(folder, "images")
     os.mkdir(images)
-    log_pipe = os.readlink(f"/proc/{source.root_pid}/fd/1")
     folded: tuple[FoldedProcess, ...] = ()
     refused = None if fold else "a plain dump was asked for"
     frozen_at = clock()
@@ -124,4 +122,4 @@ def capture(
         images,
         lambda: packer.pack(source.init_pid, PRIVATE_FOLDERS, NOT_OF_THE_SNAPSHOT, os.path.join(folder, "files.pack")),
     )
-    return Captured(folded, log_pipe, refused, frozen_at, clock())
+    return Captured(folded, refused, frozen_at, clock())

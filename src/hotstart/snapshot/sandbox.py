@@ -44,6 +44,7 @@ class Sandbox(Protocol):
     """A running sandbox, ours to end until `commit`."""
 
     init_pid: int
+    log_pipe: str  # what the tree's stdout and stderr are to begin with, as readlink(2) shows it; known once started
     events: dict[str, float]  # CLOCK_MONOTONIC seconds of what init did so far
 
     def wait_for(self, event: str, timeout_s: float) -> None:

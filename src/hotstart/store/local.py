@@ -208,12 +208,15 @@ class LocalSnapshots:
 
     def sweep(self, live_memory_ids: set[str]) -> None:
         """Remove what killed commands left: partial snapshots, memory files of no snapshot and no live sandbox."""
+        being_made = False
         with suppress(FileNotFoundError):
             for entry in os.listdir(self.root):
                 if entry.startswith(".") and ".removed-" in entry:
                     _remove_tree(os.path.join(self.root, entry))
                 elif entry.startswith(".") and entry.endswith(".lock"):
-                    _remove_if_unlocked(os.path.join(self.root, entry))
+                    being_made |= not _remove_if_unlocked(os.path.join(self.root, entry))
+        if being_made:
+            return  # its memory files are not named by any manifest yet
         try:
             kept = self.memory_files()
         except HotstartError:
@@ -221,13 +224,13 @@ class LocalSnapshots:
         with suppress(FileNotFoundError):
             for memory_id in os.listdir(self.memory_root):
                 folder = os.path.join(self.memory_root, memory_id)
-                if memory_id in live_memory_ids or _is_locked(os.path.join(folder, ".lock")):
+                if memory_id in live_memory_ids:
                     continue
                 for file in os.listdir(folder):
-                    if file != ".lock" and f"{memory_id}/{file}" not in kept:
+                    if f"{memory_id}/{file}" not in kept:
                         os.unlink(os.path.join(folder, file))
-                if not [f for f in os.listdir(folder) if f != ".lock"]:
-                    _remove_tree(folder)
+                with suppress(OSError):  # a snapshot's
+                    os.rmdir(folder)
 
 
 class PartialSnapshot:
@@ -292,11 +295,13 @@ def _is_locked(path: str) -> bool:
     return False
 
 
-def _remove_if_unlocked(lock_path: str) -> None:
-    if not _is_locked(lock_path):
-        _remove_tree(lock_path.removesuffix(".lock") + ".partial")
-        with suppress(FileNotFoundError):
-            os.unlink(lock_path)
+def _remove_if_unlocked(lock_path: str) -> bool:
+    if _is_locked(lock_path):
+        return False
+    _remove_tree(lock_path.removesuffix(".lock") + ".partial")
+    with suppress(FileNotFoundError):
+        os.unlink(lock_path)
+    return True
 
 
 def _identity(path: str) -> list[int] | None:

@@ -28,6 +28,7 @@ class SandboxState(Struct, frozen=True):
     root_pid: int
     worker: WorkerSpec
     log_path: str
+    log_pipe: str
     created_unix_s: int
     snapshot: str | None = None
     address: str | None = None
@@ -81,6 +82,23 @@ class RunFolder:
         self._lock_fd = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         return True
+
+    def begin_memory(self, memory_root: str) -> str:
+        """Make a folder for memory files, known to be in use from the first moment; returns its id. Raises HotstartError."""
+        memory_id = os.urandom(8).hex()
+        with open(self.file("memory-id"), "w", encoding="ascii") as f:
+            f.write(memory_id)
+        try:
+            os.makedirs(os.path.join(memory_root, memory_id))
+        except OSError as e:
+            raise HotstartError(f"{memory_root} cannot be written: {e.strerror}") from e
+        return memory_id
+
+    def starting_memory_id(self) -> str | None:
+        """Return that id while a command starts the sandbox."""
+        with suppress(OSError), open(self.file("memory-id"), encoding="ascii") as f:
+            return f.read() if self.being_started() else None
+        return None
 
     def clear_leftover(self) -> bool:
         """Remove what a killed command left half made; False if this is somebody's."""
@@ -190,8 +208,13 @@ class RunFolders:
                     folder.clear_leftover()
 
     def live_memory_ids(self) -> set[str]:
-        """Folders of memory files that running sandboxes have mapped."""
-        return {i for _, state in self.all() if state.alive() for i in state.memory_ids}
+        """Folders of memory files that sandboxes have mapped, those included that are just being started."""
+        with suppress(FileNotFoundError):
+            starting = [RunFolder(os.path.join(self.root, name)).starting_memory_id() for name in os.listdir(self.root)]
+            return {i for _, state in self.all() if state.alive() for i in state.memory_ids} | set(
+                filter(None, starting)
+            )
+        return set()
 
 
 def _shell_status(wait_status: int) -> int:

@@ -23,6 +23,7 @@ class LinuxSandbox:
         """Start hotstart-init; every descriptor is opened here, so errors of paths are ours to name."""
         self.events: dict[str, float] = {}
         self.init_pid = 0
+        self.log_pipe = ""
         self._reason = ""
         self._pending = b""
         opened: list[int] = []
@@ -96,6 +97,8 @@ class LinuxSandbox:
             self.events[name] = float(clock)
             if name == "init":
                 self.init_pid = int(detail)
+            elif name == "started":
+                self.log_pipe = f"pipe:[{detail}]"
             elif name in ("error", "failed", "exit"):
                 self._reason = f"{name} {detail}".strip()
                 if name != "exit":

@@ -1,0 +1,109 @@
+"""Small local snapshots made by hand, and what is compared of them."""
+
+import os
+import random
+
+from hotstart.snapshot.manifest import Manifest, MemoryFile, Process
+from hotstart.store.content import digest_of
+from hotstart.store.local import LocalSnapshot, LocalSnapshots, data_spans, describe_file
+from hotstart.store.packs import PackWriter, encode_places
+from tests.samples import a_manifest
+
+MIB = 1 << 20
+PAGE = 4096
+DATA_END = 4 * MIB
+TAIL = 64 * PAGE
+
+# What a memory file holds, as (offset, bytes): pages, holes between them, zeros that were written, a run over the end of a MiB.
+SHARED = [(0, b"shared weights " * 4000), (MIB - PAGE, random.Random(0).randbytes(3 * PAGE)), (2 * MIB, bytes(5 * PAGE)), (DATA_END - PAGE, b"\1" * PAGE)]
+
+
+def write_sparse(path, data, size):
+    """Write a file that is a hole but for `data`."""
+    with open(path, "wb") as f:
+        for offset, piece in data:
+            f.seek(offset)
+            f.write(piece)
+        f.truncate(size)
+
+
+def memory_of(name, note=b""):
+    """A memory file's content that two snapshots have in common but for `note`."""
+    return [*SHARED, (3 * MIB, f"only of {name} ".encode() * 1000 + note)]
+
+
+def make_local(home, name="llm-1", memory_id="00ff00ff00ff00ff", *, digested=True, **changes) -> LocalSnapshot:
+    """Make a snapshot in a HOTSTART_HOME as a capture does: two images, a file pack, two memory files."""
+    snapshots = LocalSnapshots(str(home))
+    os.makedirs(os.path.join(snapshots.memory_root, memory_id), exist_ok=True)
+    memory = []
+    with snapshots.begin(name) as partial:
+        os.mkdir(os.path.join(partial.folder, "images"))
+        contents = {
+            "images/pstree.img": b"pstree of " + name.encode(),
+            "images/pages-1.img": b"page" * (MIB // 4 * 2 + 100),  # two chunks and a bit
+            "files.pack": b"HSFILES1",
+            "regions.json": b"",
+        }
+        for path, data in contents.items():
+            with open(os.path.join(partial.folder, path), "wb") as f:
+                f.write(data)
+        for i in range(2):
+            memory_name = f"{memory_id}/ab-{i}.mem"
+            path = os.path.join(snapshots.memory_root, memory_name)
+            write_sparse(path, memory_of(name, bytes([i + 1])), DATA_END + TAIL)
+            memory.append(MemoryFile(memory_name, DATA_END + TAIL, DATA_END, 0, ""))
+        manifest = a_manifest(
+            **{
+                "name": name,
+                "files": tuple(describe_file(partial.folder, path) for path in contents),
+                "memory": tuple(memory),
+                "processes": tuple(Process(1000 + i, "python", 1, m.name, "mapped") for i, m in enumerate(memory)),
+                **changes,
+            }
+        )
+        local = partial.publish(manifest)
+    if digested:
+        local.digest_memory(lambda *_: None, lambda _: None)
+    return local
+
+
+def files_of(local) -> dict[str, str]:
+    """Every file of a snapshot but its seals, by what it is; the manifest first."""
+    manifest = local.manifest
+    paths = {"manifest.json": local.path("manifest.json")}
+    paths |= {file.path: local.path(file.path) for file in manifest.files}
+    return paths | {memory.name: local.memory_path(memory.name) for memory in manifest.memory}
+
+
+def contents_of(local) -> dict[str, bytes]:
+    """What a snapshot's files hold."""
+    found = {}
+    for name, path in files_of(local).items():
+        with open(path, "rb") as f:
+            found[name] = f.read()
+    return found
+
+
+def data_bytes_of(path) -> int:
+    """Bytes of a file that are not holes."""
+    with open(path, "rb") as f:
+        return sum(length for _, length in data_spans(f.fileno(), os.fstat(f.fileno()).st_size))
+
+
+def tree_of(folder) -> set[str]:
+    """Every file and link below a folder."""
+    return {os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names}
+
+
+def forge(store, manifest: Manifest, chunks: dict[str, bytes]) -> None:
+    """Put a manifest into a store as it is, whatever it says, with its chunks: what somebody who can write there could do."""
+    writer = PackWriter(store, {})
+    for digest, data in chunks.items():
+        writer.add(digest, data)
+    writer.flush()
+    data = manifest.to_bytes()
+    digest = digest_of(data)
+    store.write(f"places/{digest}", encode_places(writer.places))
+    store.write(f"manifests/{digest}", data)
+    store.write(f"names/{manifest.name}", digest.encode())
