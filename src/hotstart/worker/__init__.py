@@ -32,7 +32,7 @@ def on_resume(hook: Callable[[Identity], None]) -> None:
 
 
 def checkpoint() -> Identity | None:
-    """Say that the worker is ready, and stand still until it goes on: at once, or as a replica of its snapshot.
+    """Say that the worker is ready, and stand still until it goes on: as a replica of its snapshot, or at once if none is made.
 
     Returns who the worker is now, or None outside a sandbox. Quiesce hooks run before, in order; resume hooks after, in
     reverse order.
@@ -42,8 +42,6 @@ def checkpoint() -> Identity | None:
     for quiesce in _quiesce_hooks:
         quiesce()
     identity_path = f"{_FOLDER}/identity"
-    if os.path.exists(identity_path):
-        os.unlink(identity_path)
     with open(f"{_FOLDER}/ready", "w", encoding="utf-8"):
         pass
     while not os.path.exists(identity_path):
