@@ -42,6 +42,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/user.h>
@@ -373,7 +374,7 @@ static const char *why_not_inject(struct process *p)
 {
 	struct sud_config sud = {0};
 	if (p->saved.cs != USER_64_BIT) return "a 32-bit program";
-	if (!ptrace(GET_SYSCALL_USER_DISPATCH, p->injector, sizeof sud, &sud) && sud.mode)
+	if (!ptrace((enum __ptrace_request)GET_SYSCALL_USER_DISPATCH, p->injector, sizeof sud, &sud) && sud.mode)
 		return "it dispatches system calls itself (PR_SET_SYSCALL_USER_DISPATCH)";
 	/* Where filters cannot be suspended (we are filtered ourselves) those are harmless that we live under, and the sandbox's. */
 	if (ptrace(PTRACE_SETOPTIONS, p->injector, 0, PTRACE_O_TRACESYSGOOD | PTRACE_O_SUSPEND_SECCOMP) == 0) return 0;
@@ -566,7 +567,7 @@ static int freeze_process(struct process *p)
 	for (struct dirent *e; tasks && (e = readdir(tasks));) {
 		pid_t child;
 		if (!atoi(e->d_name)) continue;
-		snprintf(path, sizeof path, "/proc/%d/task/%s/children", p->pid, e->d_name);
+		snprintf(path, sizeof path, "/proc/%d/task/%d/children", p->pid, atoi(e->d_name));
 		FILE *children = fopen(path, "re");
 		while (children && fscanf(children, "%d", &child) == 1) found += add_process(child);
 		if (children) fclose(children);

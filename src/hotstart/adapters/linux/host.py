@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 
 from hotstart.restore.plan import FileFact
@@ -50,11 +51,13 @@ def needed_files(pids: Iterable[int], host_folders: tuple[str, ...]) -> tuple[Ne
     paths: set[str] = set()
     root = ""
     for pid in pids:
-        root = f"/proc/{pid}/root"
-        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as f:
-            paths |= {line[73:-1] for line in f if line[73:74] == "/"}
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            paths.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        with suppress(OSError):  # it ended, or closed a file, while we looked
+            root = f"/proc/{pid}/root"
+            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as f:
+                paths |= {fields[5].rstrip("\n") for line in f if len(fields := line.split(maxsplit=5)) == 6}
+        for fd in _listed(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                paths.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
     needs = []
     for path in sorted(paths):
         if not path.startswith("/") or path.endswith(" (deleted)") or is_private(path, host_folders):
@@ -66,6 +69,12 @@ def needed_files(pids: Iterable[int], host_folders: tuple[str, ...]) -> tuple[Ne
         if stat.S_ISREG(st.st_mode) and not path.startswith(("/proc/", "/sys/", "/dev/")):
             needs.append(NeededFile(path, st.st_size, st.st_mtime_ns))
     return tuple(needs)
+
+
+def _listed(folder: str) -> list[str]:
+    with suppress(OSError):
+        return os.listdir(folder)
+    return []
 
 
 def file_facts(needs: Iterable[NeededFile]) -> dict[str, FileFact | None]:
