@@ -9,6 +9,7 @@ import runpy
 import shlex
 import signal
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ INLINE_FIELDS = [
     ("docs/cli.md", "hotstart doctor", "api.doctoring.Check"),
 ]
 PLACEHOLDER = re.compile(
-    r"\b(?:NAME|PATH|VERSION|WHAT|WHY|HOW|METHOD|STATUS|FILE|LINE|KEY|DIGEST|MAJOR|MINOR|ARCHITECTURE|HOST|PORT|PROGRAM|N)\b|\.\.\.|\(.*"
+    r"\b(?:NAME|PATH|VERSION|WHAT|WHY|HOW|EVENT|METHOD|STATUS|FILE|LINE|KEY|DIGEST|MAJOR|MINOR|ARCHITECTURE|HOST|PORT|PROGRAM|N)\b|\.\.\.|\(.*"
 )
 
 
@@ -78,7 +79,9 @@ def section(name: str, heading: str) -> str:
     found = re.search(rf"^(#+) {re.escape(heading)}$", text_of(name), re.MULTILINE)
     assert found, f"{name} has no heading {heading!r}"
     rest = text_of(name)[found.end() :]
-    end = re.search(rf"^#{{1,{len(found[1])}}} ", re.sub(r"^```.*?^```$", lambda m: " " * len(m[0]), rest, flags=re.M | re.S), re.M)
+    end = re.search(
+        rf"^#{{1,{len(found[1])}}} ", re.sub(r"^```.*?^```$", lambda m: " " * len(m[0]), rest, flags=re.M | re.S), re.M
+    )
     return rest[: end.start()] if end else rest
 
 
@@ -176,7 +179,9 @@ def test_every_command_and_option_that_is_named_exists(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_make_target_that_is_named_exists(name):
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
-    texts = spans(prose(name)) + [line for language, code in blocks(name) if language in SHELL for line in code.splitlines()]
+    texts = spans(prose(name)) + [
+        line for language, code in blocks(name) if language in SHELL for line in code.splitlines()
+    ]
     for text in texts:
         for target in re.findall(r"(?:^|&& )make ([a-z-]+)", text):
             assert target in targets, f"{name}: make {target}"
@@ -209,7 +214,9 @@ def test_every_option_is_documented_and_no_other(command):
 
 @pytest.mark.parametrize(("name", "heading", "kind"), FIELDS, ids=[kind for *_, kind in FIELDS])
 def test_every_field_is_documented_and_no_other(name, heading, kind):
-    documented = {span for first, *_ in rows(section(name, heading)) for span in spans(first) if not span.startswith("-")}
+    documented = {
+        span for first, *_ in rows(section(name, heading)) for span in spans(first) if not span.startswith("-")
+    }
     assert documented == set(struct_of(kind).__struct_fields__)
 
 
@@ -259,12 +266,12 @@ def test_the_ports_and_what_implements_them_are_there():
 def test_the_records_are_as_long_as_the_code_makes_them():
     for heading, record in (("Index", content._EXTENT), ("Places", packs._PLACE)):
         table = [(int(at), int(length)) for at, length, _ in rows(section("docs/format.md", heading))]
-        assert all(at + length == following for (at, length), (following, _) in zip(table, table[1:], strict=False))
+        assert all(at + length == following for (at, length), (following, _) in pairwise(table))
         assert sum(table[-1]) == record.size
         assert f"record of {record.size} bytes" in section("docs/format.md", heading)
     table = rows(section("docs/format.md", "File pack"))
     assert int(table[-1][0]) == filepack._RECORD.size
-    assert all(int(a[0]) + int(a[1]) == int(b[0]) for a, b in zip(table, table[1:], strict=False))
+    assert all(int(a[0]) + int(a[1]) == int(b[0]) for a, b in pairwise(table))
 
 
 def test_magic_numbers_and_version_are_those_of_the_code():
@@ -277,7 +284,9 @@ def test_magic_numbers_and_version_are_those_of_the_code():
 
 def test_exit_codes_are_those_of_the_errors():
     documented = {int(first) for first, *_ in rows(section("docs/cli.md", "Exit codes"))}
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.HotstartError)]
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.HotstartError)
+    ]
     assert {kind.exit_code for kind in kinds} == documented - {0, 130}
 
 
@@ -297,7 +306,9 @@ def test_the_examples_of_the_documents_run(tmp_path, monkeypatch):
     assert tried > 0
     assert not failed
     for name in NAMES:
-        for number, code in enumerate(code for language, code in blocks(name) if language == "python" and ">>>" not in code):
+        for number, code in enumerate(
+            code for language, code in blocks(name) if language == "python" and ">>>" not in code
+        ):
             script = tmp_path / f"example{number}.py"
             script.write_text(code, encoding="utf-8")
             if "__main__" in code:
@@ -308,6 +319,12 @@ def test_the_examples_of_the_documents_run(tmp_path, monkeypatch):
 
 def test_the_worker_sdk_is_documented_whole():
     sdk = importlib.import_module("hotstart.worker")
-    public = {name for name, value in vars(sdk).items() if callable(value) and getattr(value, "__module__", "") == sdk.__name__}
-    documented = {re.match(r"\w+", spans(first)[0])[0] for first, *_ in rows(text_of("docs/worker-sdk.md")) if spans(first)}
+    public = {
+        name
+        for name, value in vars(sdk).items()
+        if callable(value) and getattr(value, "__module__", "") == sdk.__name__
+    }
+    documented = {
+        re.match(r"\w+", spans(first)[0])[0] for first, *_ in rows(text_of("docs/worker-sdk.md")) if spans(first)
+    }
     assert public <= documented

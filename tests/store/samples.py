@@ -15,7 +15,12 @@ DATA_END = 4 * MIB
 TAIL = 64 * PAGE
 
 # What a memory file holds, as (offset, bytes): pages, holes between them, zeros that were written, a run over the end of a MiB.
-SHARED = [(0, b"shared weights " * 4000), (MIB - PAGE, random.Random(0).randbytes(3 * PAGE)), (2 * MIB, bytes(5 * PAGE)), (DATA_END - PAGE, b"\1" * PAGE)]
+SHARED = [
+    (0, b"shared weights " * 4000),
+    (MIB - PAGE, random.Random(0).randbytes(3 * PAGE)),
+    (2 * MIB, bytes(5 * PAGE)),
+    (DATA_END - PAGE, b"\1" * PAGE),
+]
 
 
 def write_sparse(path, data, size):

@@ -103,7 +103,9 @@ def test_nothing_to_pack_writes_no_pack():
 def random_places(seed, count=50):
     chance = random.Random(seed)
     return {
-        chance.randbytes(32).hex(): Place(chance.randbytes(32).hex(), chance.getrandbits(60), chance.getrandbits(40), CODEC_RAW)
+        chance.randbytes(32).hex(): Place(
+            chance.randbytes(32).hex(), chance.getrandbits(60), chance.getrandbits(40), CODEC_RAW
+        )
         for _ in range(count)
     }
 

@@ -21,7 +21,7 @@ from hotstart.errors import BadUsage, HotstartError
 from hotstart.snapshot.capture import Captured, Source, capture
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process, RecordedRestore
-from hotstart.snapshot.warmup import Answer, Oracle, Request
+from hotstart.snapshot.warmup import Oracle, Request
 from hotstart.snapshot.worker import WorkerSpec
 from hotstart.store.local import LocalSnapshot, PartialSnapshot, Progress, describe_file, no_progress
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from hotstart.adapters.linux.runfolder import SandboxState
     from hotstart.api.core import Hotstart
 
-_WARMUP_TIMEOUT_S = 600.0
 REGIONS = "regions.json"
 
 
 class SnapshotOptions(Struct, frozen=True):
     """How a snapshot is taken.
 
-    `warmup` requests are sent first, the last one's answer is the oracle. `fold=False` dumps plainly, as CRIU alone does.
+    `warmup` requests are sent first, the last one's answer is the oracle. `keep` leaves a worker running that ran before.
+    `fold=False` dumps plainly, as CRIU alone does.
     """
 
     warmup: Sequence[Request] = ()
@@ -106,7 +106,8 @@ def take_snapshot(
             progressing.stage("waiting until it is ready")
             hotstart_.wait_ready(starting)
             folder, state = starting.folder, starting.state()
-        oracle = _warm_up(hotstart_, folder.door, state, options, progressing)
+        progressing.stage("warming up")
+        oracle = hotstart_.warm_up(folder.door, state.worker, options.warmup, options.oracle_ignore) or state.oracle
         _require_room(hotstart_, state)
         ready = time.monotonic()
         progressing.stage("capturing")
@@ -115,19 +116,17 @@ def take_snapshot(
         hotstart_.keep_kdat(state.init_pid)
         try:
             local = _try_and_record(hotstart_, local, progressing)
+            tried = time.monotonic()
+            stored = None
+            if options.wait_stored:
+                progressing.stage("storing")
+                stored = store_snapshot(hotstart_, name, progressing)
         except BaseException:
-            hotstart_.snapshots.remove(name)
+            hotstart_.remove_snapshot(name)
             raise
         write_identity(state.init_pid, state.name, "worker")
-        if starting and options.keep:
-            starting.settle()
-        elif not starting and not options.keep:
+        if not starting and not options.keep:
             hotstart_.remove(state.name, force=True)
-    tried = time.monotonic()
-    stored = None
-    if options.wait_stored:
-        progressing.stage("storing")
-        stored = store_snapshot(hotstart_, name, progressing)
     return SnapshotTaken(
         snapshot=name,
         digest=local.digest(),
@@ -153,25 +152,6 @@ def store_snapshot(hotstart_: Hotstart, name: str, progressing: Progressing) -> 
 
 def _data_bytes(manifest: Manifest) -> int:
     return sum(m.data_bytes for m in manifest.memory) + sum(f.size_bytes for f in manifest.files)
-
-
-def _warm_up(
-    hotstart_: Hotstart, door: str, state: SandboxState, options: SnapshotOptions, progressing: Progressing
-) -> Oracle | None:
-    if not options.warmup:
-        return None
-    if state.worker.port is None:
-        raise BadUsage("--warmup needs --port, the port that the worker listens on inside")
-    progressing.stage("warming up")
-    answer = Answer(0, b"")
-    for number, request in enumerate(options.warmup, 1):
-        answer = hotstart_.asker.ask(door, state.worker.port, request, _WARMUP_TIMEOUT_S)
-        if answer.status >= 400:
-            said = answer.body[:200].decode(errors="replace").strip()
-            raise HotstartError(
-                f"warm-up request {number} ({request.method} {request.path}) was answered {answer.status}: {said}"
-            )
-    return Oracle(options.warmup[-1], answer, options.oracle_ignore)
 
 
 def _require_room(hotstart_: Hotstart, state: SandboxState) -> None:

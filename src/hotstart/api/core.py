@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from hotstart.adapters.ask import DoorAsker
 from hotstart.adapters.criu.program import Criu, find_criu
@@ -20,15 +21,20 @@ from hotstart.api.starting import StartingWorker, last_words
 from hotstart.errors import BadUsage, Damaged, HotstartError, MachineLacks, NotFound, Refused
 from hotstart.restore.plan import NodeFacts, Plan, make_plan
 from hotstart.snapshot.manifest import Manifest
-from hotstart.snapshot.warmup import Request
+from hotstart.snapshot.warmup import Oracle, Request
 from hotstart.snapshot.worker import PRIVATE_FOLDERS, SUPPORT_FOLDER, WorkerSpec, check_name
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.local import LocalSnapshot, LocalSnapshots, Progress, no_progress
+
+if TYPE_CHECKING:
+    from hotstart.api.capturing import Progressing, SnapshotOptions, SnapshotTaken
 
 DEFAULT_HOME = "/var/lib/hotstart"
 DEFAULT_RUN = "/run/hotstart"
 _READY_POLL_S = 0.01
 _STOP_GRACE_S = 10.0
+_WARMUP_TIMEOUT_S = 600.0
+_LAST_PORT = 65535
 
 
 class Hotstart:
@@ -55,9 +61,10 @@ class Hotstart:
         name: str,
         worker: WorkerSpec,
         publish: Publish | None = None,
-        on_progress: Callable[[str], None] = lambda _: None,
+        warmup: Sequence[Request] = (),
+        oracle_ignore: tuple[str, ...] = (),
     ) -> SandboxState:
-        """Start a worker; return once it has started, and is ready if it has a readiness URL.
+        """Start a worker; return once it has started, and is ready and warm if it has a readiness URL or warm-up requests.
 
         Raises HotstartError if it ends or does not become ready; then nothing of it is left.
         """
@@ -66,11 +73,43 @@ class Hotstart:
         self.sweep()
         with StartingWorker(self, worker, "worker", self.folders.claim(name), publish) as starting:
             starting.launch()
-            if worker.ready_url:
-                on_progress("waiting until it is ready")
+            if worker.ready_url or warmup:
                 self.wait_ready(starting)
             starting.identify()
-            return starting.settle()
+            return starting.settle(self.warm_up(starting.folder.door, worker, warmup, oracle_ignore))
+
+    def snapshot(
+        self,
+        name: str,
+        source: str | WorkerSpec,
+        options: SnapshotOptions | None = None,
+        progressing: Progressing | None = None,
+    ) -> SnapshotTaken:
+        """Checkpoint the running worker named `source`, or run that worker and checkpoint it once it is warm.
+
+        Raises HotstartError, with nothing left of a half-made snapshot and a running source as it was.
+        """
+        from hotstart.api.capturing import Progressing, SnapshotOptions, take_snapshot
+
+        return take_snapshot(
+            self, name, source, options or SnapshotOptions(), time.monotonic(), progressing or Progressing()
+        )
+
+    def warm_up(
+        self, door: str, worker: WorkerSpec, requests: Sequence[Request], ignore: tuple[str, ...]
+    ) -> Oracle | None:
+        """Send warm-up requests; the last one and its answer are the oracle. Raises HotstartError if one is answered with an error."""
+        answer = None
+        for number, request in enumerate(requests, 1):
+            if worker.port is None:
+                raise BadUsage("--warmup needs --port, the port that the worker listens on inside")
+            answer = self.asker.ask(door, worker.port, request, _WARMUP_TIMEOUT_S)
+            if answer.status >= 400:
+                said = answer.body[:200].decode(errors="replace").strip()
+                raise HotstartError(
+                    f"warm-up request {number} ({request.method} {request.path}) was answered {answer.status}: {said}"
+                )
+        return Oracle(requests[-1], answer, ignore) if answer else None
 
     def wait_ready(self, starting: StartingWorker) -> None:
         """Wait until a worker is ready. Raises HotstartError if it ends before, or takes too long."""
@@ -254,6 +293,10 @@ class Hotstart:
         self._clock_start = None
         if replicas < 1:
             raise BadUsage("--replicas needs 1 or more")
+        if publish and publish.port and publish.port + replicas - 1 > _LAST_PORT:
+            raise BadUsage(
+                f"--publish {publish.port} leaves no room for {replicas} consecutive ports: choose a lower one"
+            )
         if name is not None:
             check_name(name, "replica")
         self.require_privileges()

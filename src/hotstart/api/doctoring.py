@@ -59,6 +59,7 @@ def examine(hotstart: Hotstart, *, gpu: bool = False) -> list[Check]:
         _kernel(),
         _privileges(),
         _tried("programs", _programs, "install util-linux, and reinstall hotstart where gcc is installed"),
+        _tried("namespaces", _namespaces, "run as root where new pid, mount, net, ipc and uts namespaces may be made"),
         _tried("criu", lambda: _criu(hotstart), "run scripts/install-criu"),
         _other_users(),
         _tried("limits", _limits, "mount control groups, or do without --memory and --cpus", required=False),
@@ -67,7 +68,9 @@ def examine(hotstart: Hotstart, *, gpu: bool = False) -> list[Check]:
         _tried("disk", lambda: _disk(hotstart), "free some space, or set HOTSTART_HOME to a folder with more"),
         _device(required=gpu),
     ]
-    works = all(c.ok for c in checks if c.required and c.name in ("kernel", "privileges", "programs", "criu"))
+    works = all(
+        c.ok for c in checks if c.required and c.name in ("kernel", "privileges", "programs", "namespaces", "criu")
+    )
     if works:
         checks.append(
             _tried(
@@ -134,6 +137,16 @@ def _programs() -> str:
     if not shutil.which("nsenter"):
         raise HotstartError("nsenter (util-linux) is not on PATH")
     return ", ".join([*names, "nsenter"])
+
+
+def _namespaces() -> str:
+    import subprocess
+
+    command = ["unshare", "--pid", "--mount", "--net", "--ipc", "--uts", "--fork", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise HotstartError(done.stderr.strip() or "they cannot be made")
+    return "pid, mount, net, ipc and uts can be made"
 
 
 def _criu(hotstart: Hotstart) -> str:

@@ -104,6 +104,7 @@ class RestoringReplicas:
             s = self._stack.enter_context(listen(Publish(publish.host, publish.port + i if publish.port else 0)))
             listeners = ((s, worker.port),)
         self._addresses.append(address_of(listeners[0][0]) if listeners else None)
+        folder.note_log(hotstart.log_path(folder.name))
         memory_id = folder.begin_memory(hotstart.snapshots.memory_root)
         self._memory_ids.append(memory_id)
         self._cgroups.append(make_cgroups(folder.name, worker.memory_bytes, worker.cpus))

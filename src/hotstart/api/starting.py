@@ -8,6 +8,8 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from hotstart.adapters.linux.cgroups import make_cgroups, remove_cgroups
 from hotstart.adapters.linux.native import native_program
 from hotstart.adapters.linux.procfs import start_ticks
@@ -17,6 +19,7 @@ from hotstart.api.ports import Publish, address_of, listen
 from hotstart.errors import BadUsage
 from hotstart.snapshot.layout import MEMORY_FOLDER, UNFOLDED
 from hotstart.snapshot.sandbox import Bind, Sandbox, SandboxSpec
+from hotstart.snapshot.warmup import Oracle
 from hotstart.snapshot.worker import ROOT_PID, SUPPORT_FOLDER, WorkerSpec
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ class StartingWorker:
 
         worker, name = self.worker, self.folder.name
         self.log_path = self._hotstart.log_path(name)
+        self.folder.note_log(self.log_path)
         program = which(worker.command[0], path=worker.environment.get("PATH", os.defpath))
         if program is None and not os.path.exists(os.path.join(worker.cwd, worker.command[0])):
             raise BadUsage(f"no program {worker.command[0]}: is the path right?")
@@ -126,9 +130,9 @@ class StartingWorker:
             cgroups=self._cgroups,
         )
 
-    def settle(self) -> SandboxState:
+    def settle(self, oracle: Oracle | None) -> SandboxState:
         """Let it outlive us."""
-        state = self.state()
+        state = structs.replace(self.state(), oracle=oracle)
         self.folder.save(state)
         self.sandbox.commit()
         self.folder.settle()

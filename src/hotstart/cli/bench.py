@@ -8,6 +8,7 @@ from hotstart.cli.common import (
     add_warmup_options,
     add_worker_options,
     open_hotstart,
+    oracle_ignore,
     parser,
     print_json,
     print_table,
@@ -49,9 +50,8 @@ def main(arguments: list[str], _entered: float) -> int:
         )
     wanted = ComparisonOptions(options.cold_starts, options.rounds, options.replicas, options.plain_replicas)
     progress = TerminalProgress(quiet=options.json)
-    ignore = tuple(f for f in options.oracle_ignore.split(",") if f)
     measured: Comparison = compare(
-        open_hotstart(), options.engine, worker_spec(options, command), warmup, ignore, wanted, progress
+        open_hotstart(), options.engine, worker_spec(options, command), warmup, oracle_ignore(options), wanted, progress
     )
     progress.close()
     if options.out:

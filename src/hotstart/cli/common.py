@@ -117,6 +117,11 @@ def add_warmup_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def oracle_ignore(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the fields of --oracle-ignore."""
+    return tuple(field for field in options.oracle_ignore.split(",") if field)
+
+
 def split_command(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Split what stands before and after `--`."""
     if "--" not in arguments:
@@ -149,8 +154,6 @@ def worker_spec(options: argparse.Namespace, command: list[str]) -> WorkerSpec:
     for folder in writable:
         if not os.path.isdir(folder):
             raise BadUsage(f"--writable {folder}: there is no such folder")
-        if ":" in folder:
-            raise BadUsage(f"--writable {folder}: a colon cannot be part of it")
     cwd = os.getcwd()
     return WorkerSpec(
         command=tuple(command),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 
-from hotstart.cli.common import open_hotstart, parser
+from hotstart.cli.common import open_hotstart, parser, print_json
 
 _POLL_S = 0.1
 
 
 def main(arguments: list[str], _entered: float) -> int:
     """Print what a worker or replica wrote."""
-    p = parser("logs", "Print what a worker or replica wrote to stdout and stderr.", json_output=False)
+    p = parser("logs", "Print what a worker or replica wrote to stdout and stderr.")
     p.add_argument("name", metavar="NAME")
     p.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
     options = p.parse_args(arguments)
@@ -20,9 +20,13 @@ def main(arguments: list[str], _entered: float) -> int:
     with open(state.log_path, "rb") as f:
         while True:
             alive = state.alive()
-            while data := f.read(65536):
-                sys.stdout.buffer.write(data)
-                sys.stdout.buffer.flush()
+            while data := f.read() if options.json else f.read(65536):
+                if options.json:
+                    print_json({"name": state.name, "text": data.decode(errors="replace")})
+                    sys.stdout.flush()
+                else:
+                    sys.stdout.buffer.write(data)
+                    sys.stdout.buffer.flush()
             if not options.follow or not alive:
                 return 0
             time.sleep(_POLL_S)

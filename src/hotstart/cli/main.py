@@ -79,7 +79,9 @@ def _run(arguments: list[str], debug: bool, entered: float) -> int:
         return int(module.main(arguments[1:], entered))
     except HotstartError as e:
         if debug:
-            raise
+            import traceback
+
+            traceback.print_exc()
         print(f"hotstart: {e}", file=sys.stderr)
         return e.exit_code
     except BrokenPipeError:

@@ -15,6 +15,7 @@ from hotstart.cli.common import (
     add_worker_options,
     as_plain,
     open_hotstart,
+    oracle_ignore,
     parser,
     print_json,
     print_table,
@@ -27,6 +28,7 @@ from hotstart.cli.common import (
     worker_spec,
 )
 from hotstart.errors import BadUsage, Damaged, NotFound
+from hotstart.snapshot.worker import check_name
 
 _SUMMARIES = {
     "create": "checkpoint a running worker, or run one, warm it up and checkpoint it",
@@ -82,9 +84,11 @@ def _create(arguments: list[str]) -> int:
     options = p.parse_args(before)
     if bool(options.source) == bool(command):
         raise BadUsage("say what to checkpoint: either --from NAME or -- COMMAND")
+    if options.keep and command:
+        raise BadUsage("--keep goes with --from NAME: run the worker first if it is to stay")
     wanted = SnapshotOptions(
         warmup=read_warmup(options.warmup),
-        oracle_ignore=tuple(f for f in options.oracle_ignore.split(",") if f),
+        oracle_ignore=oracle_ignore(options),
         keep=options.keep,
         fold=not options.plain,
         wait_stored=options.wait_stored,
@@ -249,6 +253,7 @@ def _verify(arguments: list[str]) -> int:
     p.add_argument("name", metavar="SNAP")
     p.add_argument("--repair", action="store_true", help="replace a damaged local copy by the store's")
     options = p.parse_args(arguments)
+    check_name(options.name, "snapshot")
     hotstart = open_hotstart()
     progress = TerminalProgress(quiet=options.json)
     report: dict[str, object] = {"snapshot": options.name, "local": None, "stored": None}

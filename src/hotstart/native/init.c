@@ -11,16 +11,18 @@
  *   -o FD            log: receives what the worker writes to stdout and stderr
  *   -x FD            result: the root's wait status is written here as text when it ends
  *   -d FD            door: listening unix socket; a client sends a port (2 bytes, network order), then speaks to it
- *   -f FD:PORT       publish: listening TCP socket of the host, relayed to PORT inside
+ *   -f FD|PORT       publish: listening TCP socket of the host, relayed to PORT inside
  *   -g FD            cgroup.procs file to join before anything else (repeatable)
  *   -h NAME          host name inside
  *   -c DIR           working directory of PROGRAM
- *   -b SRC:DST[:rw]  bind SRC at DST, read-only unless rw (repeatable); taken before the private tmpfs hide SRC
- *   -k SRC:DST       copy the small file SRC to DST (under /run) (repeatable)
+ *   -b SRC|DST       bind SRC at DST, read-only; -B: writable (repeatable); taken before the private tmpfs hide SRC
+ *   -k SRC|DST       copy the small file SRC to DST (under /run) (repeatable)
  *   -u FD            file pack (docs/format.md) to lay out under /run, /tmp and /dev/shm
  *   -p PID           the root's pid inside; the worker is started with it, a restored tree has it
  *   -r FD            restore: PROGRAM is CRIU; the write end of the log pipe is passed to it as descriptor FD
  *   -K FD            keep FD open for PROGRAM (repeatable)
+ *
+ * What stands as | is the byte 0x1f: paths may hold anything that people type.
  *
  * Mounts (kernel 5.12+): the host's root, read-only, at the same paths; fresh /proc; private tmpfs /run, /tmp, /dev/shm.
  */
@@ -28,6 +30,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/close_range.h>
 #include <linux/filter.h>
 #include <linux/mount.h>
 #include <linux/seccomp.h>
@@ -44,6 +47,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -58,7 +62,7 @@
 int mount(const char *, const char *, const char *, unsigned long, const void *);
 enum { M_NOSUID = 2, M_NODEV = 4, M_NOEXEC = 8, M_REC = 16384, M_PRIVATE = 1 << 18 };
 
-enum { MAX_LIST = 64 };
+enum { MAX_LIST = 64, SEPARATOR = 0x1f };
 
 struct pair { char *source, *target; int writable; };
 struct publish { int fd, port; };
@@ -71,6 +75,8 @@ static struct {
 	int cgroups[MAX_LIST], keeps[MAX_LIST];
 	int n_binds, n_copies, n_publishes, n_cgroups, n_keeps;
 } opt = {.status = -1, .lifeline = -1, .log = -1, .result = -1, .door = -1, .pack = -1};
+
+static struct rlimit files_of_program;
 
 static double monotonic(void)
 {
@@ -96,19 +102,12 @@ static void die(const char *what)
 
 /* ---- options ---------------------------------------------------------------------------------------------- */
 
-static struct pair split_pair(char *text)
+static struct pair split_pair(char *text, int writable)
 {
-	struct pair p = {.source = text};
-	char *colon = strchr(text, ':');
-	if (!colon) { errno = EINVAL; die(text); }
-	*colon = 0;
-	p.target = colon + 1;
-	size_t length = strlen(p.target);
-	if (length > 3 && !strcmp(p.target + length - 3, ":rw")) {
-		p.target[length - 3] = 0;
-		p.writable = 1;
-	}
-	return p;
+	char *separator = strchr(text, SEPARATOR);
+	if (!separator) { errno = EINVAL; die(text); }
+	*separator = 0;
+	return (struct pair){.source = text, .target = separator + 1, .writable = writable};
 }
 
 #define ADD(list, count, value) \
@@ -120,7 +119,7 @@ static struct pair split_pair(char *text)
 static char **parse(int argc, char **argv)
 {
 	int o;
-	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:k:u:p:r:K:")) != -1) {
+	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:")) != -1) {
 		switch (o) {
 		case 's': opt.status = atoi(optarg); break;
 		case 'l': opt.lifeline = atoi(optarg); break;
@@ -134,10 +133,11 @@ static char **parse(int argc, char **argv)
 		case 'r': opt.is_restore = 1; opt.restore_fd = atoi(optarg); break;
 		case 'g': ADD(opt.cgroups, opt.n_cgroups, atoi(optarg)); break;
 		case 'K': ADD(opt.keeps, opt.n_keeps, atoi(optarg)); break;
-		case 'b': ADD(opt.binds, opt.n_binds, split_pair(optarg)); break;
-		case 'k': ADD(opt.copies, opt.n_copies, split_pair(optarg)); break;
+		case 'b': ADD(opt.binds, opt.n_binds, split_pair(optarg, 0)); break;
+		case 'B': ADD(opt.binds, opt.n_binds, split_pair(optarg, 1)); break;
+		case 'k': ADD(opt.copies, opt.n_copies, split_pair(optarg, 0)); break;
 		case 'f': {
-			struct pair p = split_pair(optarg);
+			struct pair p = split_pair(optarg, 0);
 			struct publish f = {atoi(p.source), atoi(p.target)};
 			ADD(opt.publishes, opt.n_publishes, f);
 			break;
@@ -271,6 +271,8 @@ static pid_t start(char **program, int log_write)
 	sigset_t none;
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, 0);
+	signal(SIGPIPE, SIG_DFL);
+	setrlimit(RLIMIT_NOFILE, &files_of_program);
 	for (int i = 0; i < opt.n_keeps; i++) fcntl(opt.keeps[i], F_SETFD, 0);
 	if (opt.is_restore) {
 		if (log_write != opt.restore_fd) dup2(log_write, opt.restore_fd);
@@ -361,8 +363,9 @@ static void arm(struct end *e)
 	if (!e->eof && e->filled < RELAY_BYTES && !e->connecting) events |= EPOLLIN;
 	if (e->connecting || (e->other && e->other->filled)) events |= EPOLLOUT;
 	if (events == e->events) return;
+	/* Taken out altogether when it waits for the other side: EPOLLHUP cannot be masked, and would be reported without end. */
+	watch(&e->watch, (uint32_t)events, !e->events ? EPOLL_CTL_ADD : events ? EPOLL_CTL_MOD : EPOLL_CTL_DEL);
 	e->events = events;
-	watch(&e->watch, (uint32_t)events, EPOLL_CTL_MOD);
 }
 
 static void connect_inside(struct end *client, int port)
@@ -473,12 +476,15 @@ static void relay(struct end *e, uint32_t events)
 
 /* ---- main loop -------------------------------------------------------------------------------------------- */
 
+/* What is in the pipe and no more: a worker that never stops writing must not keep us from the rest, nor from ending. */
 static void pump_log(int from)
 {
 	char buffer[65536];
-	for (ssize_t n; (n = read(from, buffer, sizeof buffer)) > 0;) {
+	ssize_t n = 1;
+	for (int reads = 0; reads < 16 && (n = read(from, buffer, sizeof buffer)) > 0; reads++) {
 		if (opt.log >= 0 && write(opt.log, buffer, (size_t)n) < 0) { /* disk full: the worker must not block on its log */ }
 	}
+	if (n == 0) epoll_ctl(ep, EPOLL_CTL_DEL, from, 0); /* nobody can write any more; this would be reported without end */
 }
 
 static void finish(int wait_status, int log_read)
@@ -570,6 +576,9 @@ static void init(char **program)
 	sigprocmask(SIG_BLOCK, &all, 0);
 	signal(SIGPIPE, SIG_IGN);
 	setsid();
+	/* Every connection takes two descriptors here. The program keeps the limit that we were given. */
+	getrlimit(RLIMIT_NOFILE, &files_of_program);
+	setrlimit(RLIMIT_NOFILE, &(struct rlimit){files_of_program.rlim_max, files_of_program.rlim_max});
 	event("namespaces", "");
 	make_mounts();
 	event("mounts", "");
@@ -605,7 +614,7 @@ static void init(char **program)
 int main(int argc, char **argv)
 {
 	char **program = parse(argc, argv);
-	for (int fd = 3; fd < 256; fd++) fcntl(fd, F_SETFD, FD_CLOEXEC);
+	if (close_range(3, ~0U, CLOSE_RANGE_CLOEXEC)) die("close_range");
 	for (int i = 0; i < opt.n_cgroups; i++) {
 		if (write(opt.cgroups[i], "0", 1) != 1) die("join the control group");
 		close(opt.cgroups[i]);

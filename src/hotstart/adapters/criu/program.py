@@ -67,7 +67,12 @@ def find_criu() -> Criu:
     import shutil
 
     ours = os.path.join(sys.prefix, "libexec", "hotstart", "criu")
-    for candidate in (os.environ.get("HOTSTART_CRIU"), ours, shutil.which("criu")):
+    chosen = os.environ.get("HOTSTART_CRIU")
+    if chosen and not os.access(chosen, os.X_OK):
+        raise MachineLacks(
+            f"HOTSTART_CRIU names {chosen}, which cannot be run: correct it, or run scripts/install-criu"
+        )
+    for candidate in (chosen, ours, shutil.which("criu")):
         if candidate and os.access(candidate, os.X_OK):
             return Criu(os.path.realpath(candidate))
     raise MachineLacks("no CRIU found: run scripts/install-criu")

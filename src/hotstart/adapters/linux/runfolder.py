@@ -13,6 +13,7 @@ from hotstart.adapters.linux.cgroups import remove_cgroups
 from hotstart.adapters.linux.procfs import children, start_ticks
 from hotstart.errors import BadUsage, HotstartError, MachineLacks, NotFound
 from hotstart.snapshot.codec import IllFormedError, decode, encode
+from hotstart.snapshot.warmup import Oracle
 from hotstart.snapshot.worker import WorkerSpec
 
 
@@ -33,6 +34,7 @@ class SandboxState(Struct, frozen=True):
     snapshot: str | None = None
     address: str | None = None
     cgroups: tuple[str, ...] = ()
+    oracle: Oracle | None = None
 
     def alive(self) -> bool:
         """Say whether it runs."""
@@ -104,8 +106,15 @@ class RunFolder:
         """Remove what a killed command left half made; False if this is somebody's."""
         leftover = self.state() is None and not self.being_started()
         if leftover:
+            with suppress(OSError), open(self.file("log-path"), encoding="utf-8") as f:
+                os.unlink(f.read())
             self.remove()
         return leftover
+
+    def note_log(self, path: str) -> None:
+        """Remember where the log is, so that whoever clears a leftover finds it."""
+        with open(self.file("log-path"), "w", encoding="utf-8") as f:
+            f.write(path)
 
     def save(self, state: SandboxState) -> None:
         """Write the state, all or nothing."""

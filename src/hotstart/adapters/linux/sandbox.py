@@ -15,6 +15,8 @@ from hotstart.adapters.linux.procfs import start_ticks
 from hotstart.errors import HotstartError, MachineLacks
 from hotstart.snapshot.sandbox import SandboxSpec
 
+_SEPARATOR = "\x1f"  # between the two halves of an option of hotstart-init: paths may hold anything else
+
 
 class LinuxSandbox:
     """A sandbox that this process started. It dies with this process until `commit`."""
@@ -51,15 +53,15 @@ class LinuxSandbox:
         argv += ["-x", str(passed(os.open(spec.result_path, append | os.O_TRUNC, 0o644)))]
         argv += ["-h", spec.hostname, "-c", spec.cwd, "-p", str(spec.root_pid)]
         for bind in spec.binds:
-            argv += ["-b", f"{bind.source}:{bind.target}{':rw' if bind.writable else ''}"]
+            argv += ["-B" if bind.writable else "-b", f"{bind.source}{_SEPARATOR}{bind.target}"]
         for source, target in spec.copies:
-            argv += ["-k", f"{source}:{target}"]
+            argv += ["-k", f"{source}{_SEPARATOR}{target}"]
         if spec.file_pack:
             argv += ["-u", str(passed(os.open(spec.file_pack, os.O_RDONLY)))]
         for cgroup in spec.cgroups:
             argv += ["-g", str(passed(os.open(os.path.join(cgroup, "cgroup.procs"), os.O_WRONLY)))]
         for listener, port in spec.listeners:
-            argv += ["-f", f"{listener.fileno()}:{port}"]
+            argv += ["-f", f"{listener.fileno()}{_SEPARATOR}{port}"]
         if spec.restored_log_fd is not None:
             argv += ["-r", str(spec.restored_log_fd)]
         for fd in spec.keep_fds:
