@@ -53,6 +53,7 @@ class Child:
         question, self._ask = os.pipe()
         self._answer, answer = os.pipe()
         if os.fork() == 0:
+            os.close(self._ask)  # so that it ends with its parent
             while os.read(question, 1):
                 os.write(answer, json.dumps({"pid": os.getpid(), "checksum": zlib.crc32(memory)}).encode() + b"\n")
             os._exit(0)

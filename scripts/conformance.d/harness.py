@@ -24,7 +24,7 @@ WARMUP = TINY / "warmup.jsonl"
 PORT = 8000  # each sandbox has a network of its own, so all of them can use the same one
 READY_URL = f"http://127.0.0.1:{PORT}/health"
 CHECKSUM = 1568538673  # of the tiny worker's memory, as every start of it makes it
-PATIENCE_S = 60
+PATIENCE_S = 40
 DONE, FAILED, BAD_USAGE, NOT_FOUND, REFUSED, LACKS = range(6)
 MISSING = (str, type(None))
 
@@ -76,12 +76,21 @@ def eventually(question, timeout_s=5, pause_s=0.05):
 
 
 def median_s(action, rounds=5):
+    return statistics.median(timed_s(action) for _ in range(rounds))
+
+
+def timed_s(action):
+    started = time.monotonic()
+    action()
+    return time.monotonic() - started
+
+
+def within(limit_s, measure):
+    """Check a limit; measured up to three times, since others use the machine, too."""
     taken = []
-    for _ in range(rounds):
-        started = time.monotonic()
-        action()
-        taken.append(time.monotonic() - started)
-    return statistics.median(taken)
+    while len(taken) < 3 and not (taken and taken[-1] < limit_s):
+        taken.append(measure())
+    expect(taken[-1] < limit_s, f"{', '.join(f'{each * 1000:.0f} ms' for each in taken)}, each the median of 5")
 
 
 def numbers_in(value):

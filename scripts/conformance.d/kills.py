@@ -65,11 +65,11 @@ def strike(bench, action, signal_number, after_s):
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if signal_number == signal.SIGINT else os.kill)(process.pid, signal_number)
         try:
-            _, err = process.communicate(timeout=15)
+            _, err = process.communicate(timeout=8)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            raise Failed("it still runs 15 s later, or something holds its stdio") from None
+            raise Failed("it still runs 8 s later, or something holds its stdio") from None
         if signal_number == signal.SIGINT and after_s > start_up_s(bench):
             expect("Traceback" not in err, f"a traceback: {err[-300:]!r}")
         if process.returncode == 0:

@@ -91,6 +91,9 @@ def take_snapshot(
     hotstart_.require_free_snapshot_name(name)
     hotstart_.criu()
     with ExitStack() as stack:
+        stack.callback(
+            hotstart_.sweep
+        )  # last: whatever failed, its memory files go as soon as nothing is being made any more
         partial = stack.enter_context(hotstart_.snapshots.begin(name))
         if isinstance(source, str):
             folder, state = hotstart_.find(source)
@@ -145,9 +148,14 @@ def store_snapshot(hotstart_: Hotstart, name: str, progressing: Progressing) -> 
     from hotstart.store.published import publish
 
     local = hotstart_.snapshots.open(name)
+    complete_digests(local, progressing)
+    return publish(local, hotstart_.store, progressing.measured(_data_bytes(local.manifest)))
+
+
+def complete_digests(local: LocalSnapshot, progressing: Progressing) -> None:
+    """Digest memory files that a command was killed over; until now only seals vouched for them."""
     if not local.digested:
         local.digest_memory(populate, progressing.measured(_data_bytes(local.manifest)))
-    return publish(local, hotstart_.store, progressing.measured(_data_bytes(local.manifest)))
 
 
 def _data_bytes(manifest: Manifest) -> int:
@@ -250,11 +258,11 @@ def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, progressing: Prog
     progressing.stage("trying it")
     (replica,) = hotstart_.restore(local.manifest.name)
     hotstart_.remove(replica.name, force=True)
-    receipt = replica.receipt
+    receipt, former = replica.receipt, local.digest()
     local.manifest = structs.replace(
         local.manifest, recorded=RecordedRestore(receipt.resumed_s, receipt.first_answer_s)
     )
-    local.save()
+    local.save(former)
     return local
 
 

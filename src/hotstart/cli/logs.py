@@ -20,13 +20,13 @@ def main(arguments: list[str], _entered: float) -> int:
     with open(state.log_path, "rb") as f:
         while True:
             alive = state.alive()
-            while data := f.read() if options.json else f.read(65536):
-                if options.json:
-                    print_json({"name": state.name, "text": data.decode(errors="replace")})
-                    sys.stdout.flush()
-                else:
-                    sys.stdout.buffer.write(data)
-                    sys.stdout.buffer.flush()
+            data = f.read()
+            if options.json and (data or not options.follow):
+                print_json({"name": state.name, "text": data.decode(errors="replace")})
+                sys.stdout.flush()
+            elif not options.json:
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
             if not options.follow or not alive:
                 return 0
             time.sleep(_POLL_S)

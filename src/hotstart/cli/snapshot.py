@@ -246,6 +246,7 @@ def _inspect(arguments: list[str]) -> int:
 
 
 def _verify(arguments: list[str]) -> int:
+    from hotstart.api.capturing import complete_digests
     from hotstart.cli.progress import TerminalProgress
     from hotstart.store.published import published_names, verify_published
 
@@ -270,6 +271,7 @@ def _verify(arguments: list[str]) -> int:
     progress.stage("local copy")
     try:
         local = hotstart.snapshots.open(options.name)
+        complete_digests(local, progress)
         local.verify(progress=progress.measured(local.manifest.logical_bytes))
         local.check()
         report["local"] = "good"

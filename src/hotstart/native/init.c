@@ -493,6 +493,7 @@ static void finish(int wait_status, int log_read)
 	int n = snprintf(text, sizeof text, "%d\n", wait_status);
 	pump_log(log_read);
 	if (opt.result >= 0 && write(opt.result, text, (size_t)n) < 0) { /* disk full: the caller sees us gone all the same */ }
+	text[n - 1] = 0; /* the line has an end of its own */
 	event("exit", text);
 	_exit(0); /* the kernel ends everything else in this pid namespace */
 }

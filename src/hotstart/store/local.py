@@ -60,30 +60,33 @@ class LocalSnapshot(Struct):
     # -- seals
 
     def _sealed_paths(self) -> Iterator[tuple[str, str]]:
-        yield MANIFEST, self.path(MANIFEST)
         for file in self.manifest.files:
             yield file.path, self.path(file.path)
         for memory in self.manifest.memory:
             yield memory.name, self.memory_path(memory.name)
 
-    def seal(self) -> None:
-        """Remember every file as it is now. The caller has just made or verified them."""
+    def seal(self, former_digest: str | None = None) -> None:
+        """Remember every file as it is now. The caller has just made or verified them.
+
+        The manifest is known by its digest. With `former_digest` the one that it is about to replace is right, too: whenever we
+        are killed, one of the two is in place.
+        """
         seals: dict[str, object] = {name: _identity(path) for name, path in self._sealed_paths()}
-        seals["digest"] = self.digest()
+        seals["digests"] = [d for d in (self.digest(), former_digest) if d]
         write_durably(self.path(SEALS), json.encode(seals))
 
     def check(self) -> None:
         """Make sure that nothing changed since it was sealed; verify what did. Raises Damaged."""
         try:
             with open(self.path(SEALS), "rb") as f:
-                seals = json.decode(f.read(), type=dict[str, str | list[int]])
+                seals = json.decode(f.read(), type=dict[str, list[int | str]])
         except (OSError, MsgspecError, UnicodeDecodeError):
             seals = {}
+        if self.digest() not in (seals.get("digests") or []):
+            raise Damaged(f"the manifest of snapshot {self.manifest.name} was changed: {_advice(self.manifest.name)}")
         changed = [name for name, path in self._sealed_paths() if seals.get(name) != _identity(path)]
         if not changed:
             return
-        if seals.get("digest") != self.digest():
-            raise Damaged(f"the manifest of snapshot {self.manifest.name} was changed: {_advice(self.manifest.name)}")
         self.verify(only=frozenset(changed))
         self.seal()
 
@@ -139,6 +142,7 @@ class LocalSnapshot(Struct):
     def digest_memory(self, populate: Populate, progress: Progress) -> None:
         """Digest the memory files, leaving them in the page cache, and write their indexes. Only seals vouched until now."""
         self.check()
+        former = self.digest()
         files, memories = list(self.manifest.files), []
         for i, memory in enumerate(self.manifest.memory):
             index = f"memory-{i}.index"
@@ -155,12 +159,12 @@ class LocalSnapshot(Struct):
             files.append(describe_file(self.folder, index))
             memories.append(structs.replace(memory, index=index, data_bytes=sum(e.length for e in extents)))
         self.manifest = structs.replace(self.manifest, files=tuple(files), memory=tuple(memories))
-        self.save()
+        self.save(former)
 
-    def save(self) -> None:
-        """Write the manifest and seal."""
+    def save(self, former_digest: str) -> None:
+        """Replace the manifest, whose digest was `former_digest`; at no moment is there one that no seal knows."""
+        self.seal(former_digest)
         write_durably(self.path(MANIFEST), self.manifest.to_bytes())
-        self.seal()
 
 
 class LocalSnapshots:

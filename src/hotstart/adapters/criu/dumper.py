@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import subprocess
@@ -10,14 +11,16 @@ from collections.abc import Callable
 from hotstart.adapters.criu.program import Criu, why_it_failed
 from hotstart.errors import HotstartError
 
-# CRIU closes every descriptor before it runs the hook, so the two sides meet at named pipes in the sandbox's /run. If we
-# vanish meanwhile, the hook gives up after HOOK_TIMEOUT_S and the tree goes on.
+# CRIU closes every descriptor before it runs the hook, so the two sides meet at files in the sandbox's /run: the hook waits for
+# a lock that we hold until we are done. If we vanish the kernel drops it, the hook finds us not done, CRIU gives up and the tree
+# goes on. Opening a pipe for reading and writing never waits for another side.
 _INSIDE = "/run/hotstart/capture"
-_HOOK_TIMEOUT_S = 60
 _HOOK = f"""#!/bin/sh
 [ "$CRTOOLS_SCRIPT_ACTION" = post-dump ] || exit 0
-echo frozen > {_INSIDE}/frozen
-exec timeout {_HOOK_TIMEOUT_S} grep -q done {_INSIDE}/done
+cd {_INSIDE} || exit 1
+echo frozen 1<> frozen
+flock --shared alive true
+[ -e done ]
 """
 
 
@@ -34,14 +37,15 @@ class CriuDumper:
         _clear(folder)
         os.makedirs(folder)
         images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
-        pipes: list[int] = []
+        frozen = alive = -1
         try:
             with open(f"{folder}/hook", "w") as f:
                 f.write(_HOOK)
                 os.fchmod(f.fileno(), 0o755)
-            for name in ("frozen", "done"):
-                os.mkfifo(f"{folder}/{name}")
-                pipes.append(os.open(f"{folder}/{name}", os.O_RDWR | os.O_NONBLOCK))
+            os.mkfifo(f"{folder}/frozen")
+            frozen = os.open(f"{folder}/frozen", os.O_RDWR | os.O_NONBLOCK)
+            alive = os.open(f"{folder}/alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(alive, fcntl.LOCK_EX)
             command = [*self._enter(init_pid), *self._criu.dump_command(self._root_pid, images_fd, f"{_INSIDE}/hook")]
             # Not ended with us: a CRIU that is killed in the middle leaves the worker broken; one that finishes does not.
             program = subprocess.Popen(
@@ -53,20 +57,21 @@ class CriuDumper:
                 start_new_session=True,
             )
             try:
-                if _is_frozen(program.pid, pipes[0]):
+                if _is_frozen(program.pid, frozen):
                     while_frozen()
-                    os.write(pipes[1], b"done\n")
-            except BaseException:
-                os.close(pipes.pop())  # end of file: the hook fails, CRIU gives up and lets the tree go on
+                    with open(f"{folder}/done", "w"):
+                        pass
+            finally:
+                fcntl.flock(alive, fcntl.LOCK_UN)
                 program.wait()
-                raise
-            if program.wait():
+            if program.returncode:
                 raise HotstartError(
                     f"CRIU could not dump the worker: {why_it_failed(os.path.join(images, 'dump.log'))}"
                 )
         finally:
-            for fd in (images_fd, *pipes):
-                os.close(fd)
+            for fd in (images_fd, frozen, alive):
+                if fd >= 0:
+                    os.close(fd)
             _clear(folder)
 
 
@@ -80,7 +85,7 @@ def _is_frozen(pid: int, frozen_pipe: int) -> bool:
 
 
 def _clear(folder: str) -> None:
-    for name in ("hook", "frozen", "done"):
+    for name in ("hook", "frozen", "alive", "done"):
         if os.path.lexists(f"{folder}/{name}"):
             os.unlink(f"{folder}/{name}")
     if os.path.isdir(folder):
