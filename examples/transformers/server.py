@@ -3,18 +3,20 @@
 
     python server.py MODEL_FOLDER [--port 8000]
 
-Equal requests get equal bytes: an answer holds no id and no time.
+Equal requests get equal bytes: an answer holds no id and no time, and a request's temperature is ignored.
 """
 
 import argparse
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 THREADS = 2
+CONTEXT_TOKENS = 2048
+DEFAULT_MAX_TOKENS = 64
 
 
 class Chat:
@@ -24,39 +26,87 @@ class Chat:
         torch.set_num_threads(THREADS)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self._one_at_a_time = threading.Lock()
 
     @torch.inference_mode()
-    def answer(self, messages, max_tokens):
+    def answer(self, body):
+        """Turn the body of a request into the body of its answer; ValueError says what is wrong."""
+        messages, max_tokens, model = read_request(body)
         prompt = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        with self._one_at_a_time:
-            tokens = self._model.generate(**prompt, max_new_tokens=max_tokens, do_sample=False)[0]
-        return self._tokenizer.decode(tokens[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        prompt_tokens = prompt["input_ids"].shape[1]
+        if prompt_tokens + max_tokens > CONTEXT_TOKENS:
+            raise ValueError(f"the prompt and max_tokens are {prompt_tokens + max_tokens} tokens, {CONTEXT_TOKENS} fit")
+        made = self._model.generate(**prompt, max_new_tokens=max_tokens, do_sample=False)[0][prompt_tokens:]
+        text = self._tokenizer.decode(made, skip_special_tokens=True)
+        ended = int(made[-1]) == self._tokenizer.eos_token_id
+        return {
+            "object": "chat.completion",
+            "model": model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text},
+                    "finish_reason": "stop" if ended else "length",
+                }
+            ],
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": len(made),
+                "total_tokens": prompt_tokens + len(made),
+            },
+        }
 
 
-def handler(chat):
+def read_request(body):
+    """Return messages, max_tokens and model of a request; ValueError says what is wrong."""
+    try:
+        request = json.loads(body)
+        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in request["messages"]]
+        max_tokens = request.get("max_tokens", DEFAULT_MAX_TOKENS)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError('the body must be JSON with "messages", each with "role" and "content"') from error
+    if not messages:
+        raise ValueError('"messages" is empty')
+    if type(max_tokens) is not int or max_tokens < 1:
+        raise ValueError('"max_tokens" must be a whole number above 0')
+    return messages, max_tokens, request.get("model")
+
+
+def handler_for(chat):
+    # One thread computes, whatever the number of connections: requests queue instead of fighting
+    # for the cores, and OpenMP keeps one team of threads instead of one for each connection.
+    compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # headers and body leave in one packet
+        disable_nagle_algorithm = True
 
         def do_GET(self):
-            self.send({"status": "ok"}) if self.path == "/health" else self.send({"error": "not found"}, 404)
+            if self.path == "/health":
+                self.reply(200, {"status": "ok"})
+            else:
+                self.reply_error(404, f"no such path: {self.path}")
 
         def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if self.path != "/v1/chat/completions":
-                self.send({"error": "not found"}, 404)
+                self.reply_error(404, f"no such path: {self.path}")
                 return
-            text = chat.answer(asked["messages"], int(asked.get("max_tokens", 64)))
-            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            self.send({"object": "chat.completion", "model": asked.get("model"), "choices": [choice]})
+            try:
+                self.reply(200, compute.submit(chat.answer, body).result())
+            except ValueError as error:
+                self.reply_error(400, str(error))
 
-        def send(self, value, status=200):
+        def reply_error(self, status, message):
+            self.reply(status, {"error": {"message": message}})
+
+        def reply(self, status, value):
             body = json.dumps(value).encode()
             self.send_response(status)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
@@ -66,11 +116,19 @@ def handler(chat):
     return Handler
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="chat completions with SmolLM2")
-    parser.add_argument("folder")
-    parser.add_argument("--port", type=int, default=8000)
-    options = parser.parse_args()
-    server = ThreadingHTTPServer(("127.0.0.1", options.port), handler(Chat(options.folder)))
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+
+
+def main():
+    options = argparse.ArgumentParser(description="Chat completions with SmolLM2.")
+    options.add_argument("folder")
+    options.add_argument("--port", type=int, default=8000)
+    chosen = options.parse_args()
+    server = Server(("127.0.0.1", chosen.port), handler_for(Chat(chosen.folder)))
     print("ready", flush=True)
     server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

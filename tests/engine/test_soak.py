@@ -8,6 +8,7 @@ import pytest
 
 from hotstart.api import Hotstart
 from hotstart.api.capturing import Progressing, SnapshotOptions, take_snapshot
+
 from .conftest import ask, tiny_warmup, tiny_worker
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_left")]

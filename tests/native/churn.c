@@ -76,7 +76,9 @@ static int others_sleep(void)
 		snprintf(path, sizeof path, "/proc/self/task/%s/syscall", e->d_name);
 		int fd = open(path, O_RDONLY);
 		if (fd < 0) continue;
-		asleep += read(fd, text, sizeof text - 1) > 0 && atol(text) == SYS_read && strtoul(strchr(text, ' '), 0, 16) == (unsigned)folded[0];
+		long call, first; /* else the text is "running" */
+		asleep += read(fd, text, sizeof text - 1) > 0 && sscanf(text, "%ld %lx", &call, (unsigned long *)&first) == 2 &&
+			  call == SYS_read && first == folded[0];
 		close(fd);
 	}
 	closedir(tasks);

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from hotstart.errors import BadUsage, Damaged, NotFound, Refused
+from hotstart.store import local as local_store
 from hotstart.store.local import LocalSnapshots
 from tests.samples import a_manifest
 from tests.store.samples import DATA_END, MIB, PAGE, TAIL, contents_of, data_bytes_of, files_of, make_local, tree_of
@@ -74,9 +75,15 @@ def test_digests_cover_exactly_what_is_not_zero(local):
             content = f.read()
         rebuilt = bytearray(memory.size_bytes)
         for extent in local.extents(memory):
-            rebuilt[extent.offset : extent.offset + extent.length] = content[extent.offset : extent.offset + extent.length]
+            rebuilt[extent.offset : extent.offset + extent.length] = content[
+                extent.offset : extent.offset + extent.length
+            ]
         assert rebuilt == content
-        assert memory.data_bytes == sum(e.length for e in local.extents(memory)) <= data_bytes_of(local.memory_path(memory.name))
+        assert (
+            memory.data_bytes
+            == sum(e.length for e in local.extents(memory))
+            <= data_bytes_of(local.memory_path(memory.name))
+        )
 
 
 def test_an_unchanged_snapshot_is_not_read_again(local, monkeypatch):
@@ -99,7 +106,7 @@ def test_verifying_reports_every_byte_of_data(local):
 # ---- seals
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"manifest"}))
 def test_a_file_that_was_only_touched_is_verified_once_and_sealed_again(tmp_path, local, kind, monkeypatch):
     name, _ = KINDS[kind]
     change(files_of(local)[name], lambda _f: None)
@@ -160,7 +167,9 @@ def test_a_manifest_with_another_meaning_is_refused_though_it_is_a_good_manifest
         opened(tmp_path).check()
 
 
-@pytest.mark.parametrize("seals", [None, b"", b"{}", b"[]", b"{", b"null", b'{"digest": 3}', b"\xff", b'{"manifest.json": [1]}'])
+@pytest.mark.parametrize(
+    "seals", [None, b"", b"{}", b"[]", b"{", b"null", b'{"digests": 3}', b"\xff", b'{"digests": []}']
+)
 def test_a_snapshot_whose_seals_are_lost_is_refused(tmp_path, local, seals):
     os.unlink(local.path("seals.json"))
     if seals is not None:
@@ -177,9 +186,9 @@ def test_whatever_happens_to_a_file_a_check_that_passes_means_right_content(tmp_
     for name, path in paths.items():
         with open(path, "rb") as f:
             pristine[name] = f.read(DATA_END)  # the tail of a memory file is another matter
-    for _ in range(150):
+    for _ in range(100):
         name = chance.choice(list(paths))
-        size = len(pristine[name])
+        size = min(DATA_END, os.stat(paths[name]).st_size)
         if not size:
             continue
         kind = chance.choice(["flip", "flip", "run", "cut", "same"])
@@ -209,7 +218,10 @@ def _restore(paths, pristine, local):
         if name == "seals.json":
             continue
         with open(path, "rb") as f:
-            same = f.read(DATA_END) == pristine[name] and os.stat(path).st_size in (len(pristine[name]), DATA_END + TAIL)
+            same = f.read(DATA_END) == pristine[name] and os.stat(path).st_size in (
+                len(pristine[name]),
+                DATA_END + TAIL,
+            )
         if not same:
             with open(path, "r+b") as f:
                 f.write(pristine[name])
@@ -245,6 +257,30 @@ def test_digesting_changes_the_manifest_and_nothing_else(tmp_path):
     assert sum(reported) == sum(m.data_bytes for m in local.manifest.memory)
     assert len(populated) == 2 and all(populated)
     opened(tmp_path).check()
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_a_digesting_killed_at_any_step_leaves_a_good_snapshot_that_can_be_digested(tmp_path, monkeypatch, step):
+    local, steps = make_local(tmp_path, digested=False), []
+    former = local.digest()
+
+    def write_or_die(path, data, write=local_store.write_durably):
+        steps.append(path)
+        if len(steps) > step:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(local_store, "write_durably", write_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            local.digest_memory(lambda *_: None, lambda _: None)
+    again = opened(tmp_path)
+    again.check()
+    assert again.digest() == former
+    again.digest_memory(lambda *_: None, lambda _: None)
+    opened(tmp_path).check()
+    opened(tmp_path).verify()
+    assert opened(tmp_path).digested
 
 
 def test_digesting_again_changes_nothing(tmp_path, local):
@@ -309,11 +345,14 @@ def make_other_way(tmp_path):
 
 def test_a_snapshot_that_fails_on_the_way_leaves_nothing(tmp_path):
     snapshots = LocalSnapshots(str(tmp_path))
-    with pytest.raises(RuntimeError, match="on purpose"):
+
+    def fail():
         with snapshots.begin("llm-1") as partial:
             with open(os.path.join(partial.folder, "x"), "wb"):
-                pass
-            raise RuntimeError("on purpose")
+                raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
     assert os.listdir(snapshots.root) == []
 
 

@@ -347,7 +347,17 @@ def test_a_file_outside_the_snapshot_is_never_written(tmp_path, elsewhere, path)
 
 @pytest.mark.parametrize(
     "name",
-    ["../evil/0.mem", "../../evil.mem", "aaaa/../../evil.mem", "aaaa/b/c.mem", "aaaa/.hidden", "a.b/0.mem", "/aaaa/0.mem", "", "a a/0.mem"],
+    [
+        "../evil/0.mem",
+        "../../evil.mem",
+        "aaaa/../../evil.mem",
+        "aaaa/b/c.mem",
+        "aaaa/.hidden",
+        "a.b/0.mem",
+        "/aaaa/0.mem",
+        "",
+        "a a/0.mem",
+    ],
 )
 def test_a_memory_file_with_an_odd_name_is_never_written(tmp_path, elsewhere, name):
     before = tree_of(tmp_path)

@@ -56,7 +56,7 @@
 
 #define HUGE_BYTES (2UL << 20)
 #define PAGE 4096UL
-enum { STOP_TIMEOUT_MS = 2000, USER_64_BIT = 0x33, RSEQ_UNREGISTER = 1 };
+enum { STOP_TIMEOUT_MS = 2000, USER_64_BIT = 0x33, RSEQ_UNREGISTER = 1, RESTART_WITHOUT_HANDLER = 514 };
 
 /* linux/fs.h of Debian 12 is older than PAGEMAP_SCAN (kernel 6.7, Documentation/admin-guide/mm/pagemap.rst). */
 struct scan_region { uint64_t start, end, categories; };
@@ -89,6 +89,7 @@ struct process {
 	size_t n_jobs, cap_jobs;
 	uint64_t copied_bytes, next_job;
 	int file, memory, failed;        /* memory: /proc/PID/mem; failed: errno of a copying thread */
+	int64_t inside_file;             /* 1 + its descriptor of the file; open while scripts run: through it they see us gone */
 	int injecting;                   /* the injector's registers and mask are not its own */
 	struct user_regs_struct saved;
 	struct __ptrace_rseq_configuration rseq;
@@ -328,7 +329,7 @@ static int64_t set_rseq(struct process *p, int flags)
 /* The registers with which the kernel would resume it, that is, with an interrupted call begun again. */
 static struct user_regs_struct as_restarted(struct user_regs_struct r)
 {
-	enum { ERESTARTSYS = 512, ERESTARTNOINTR = 513, ERESTARTNOHAND = 514, ERESTART_RESTARTBLOCK = 516 };
+	enum { ERESTARTSYS = 512, ERESTARTNOINTR = 513, ERESTARTNOHAND = RESTART_WITHOUT_HANDLER, ERESTART_RESTARTBLOCK = 516 };
 	if ((int64_t)r.orig_rax < 0) return r;
 	switch (-(int64_t)r.rax) {
 	case ERESTARTSYS: case ERESTARTNOINTR: case ERESTARTNOHAND: r.rax = r.orig_rax; r.rip -= 2; break;
@@ -527,22 +528,46 @@ static void forget_thread(struct process *p, size_t i)
 	memmove(p->threads + i, p->threads + i + 1, (--p->n_threads - i) * sizeof *p->threads);
 }
 
+static int64_t now_ms(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* Some calls fail with EINTR when a thread is stopped, signal or not (signal(7)). They have done nothing yet: begin them again,
+ * unless a handler does run. A timeout starts anew. */
+static void restart_its_call(pid_t tid)
+{
+	static const uint64_t calls[] = {SYS_epoll_wait, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_rt_sigtimedwait, SYS_semop,
+		SYS_semtimedop, SYS_read, SYS_recvfrom, SYS_recvmsg, SYS_accept, SYS_accept4};
+	struct user_regs_struct r;
+	if (ptrace(PTRACE_GETREGS, tid, 0, &r) || r.cs != USER_64_BIT || (int64_t)r.rax != -EINTR) return;
+	for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+		if (r.orig_rax != calls[i]) continue;
+		r.rax = (uint64_t)-RESTART_WITHOUT_HANDLER;
+		ptrace(PTRACE_SETREGS, tid, 0, &r);
+	}
+}
+
 /* Waits until the i-th thread stands still. A signal that was about to be delivered is: the thread then stops before the
  * first instruction of its handler, and nothing about the signal is lost. */
 static int wait_until_stopped(struct process *p, size_t i) /* 1 if it ended instead */
 {
-	for (int waited_us = 0; waited_us < STOP_TIMEOUT_MS * 1000;) {
+	for (int64_t deadline = now_ms() + STOP_TIMEOUT_MS; now_ms() < deadline;) {
 		int status;
 		pid_t tid = waitpid(p->threads[i], &status, __WALL | WNOHANG);
 		if (tid < 0 && p->threads[i] != p->pid) { p->threads[i] = p->pid; continue; } /* execve gave it the first one's id */
 		if (tid < 0 || (tid && kind_of(status) == ENDED)) return 1;
-		if (tid && kind_of(status) == INTERRUPTED) return 0;
+		if (tid && kind_of(status) == INTERRUPTED) {
+			restart_its_call(tid);
+			return 0;
+		}
 		if (tid) {
 			ptrace(PTRACE_CONT, tid, 0, kind_of(status) == BY_SIGNAL ? WSTOPSIG(status) : 0);
 			continue;
 		}
 		usleep(50);
-		waited_us += 50;
 	}
 	refuse("process %d: thread %d cannot be stopped (a parent in vfork?)", p->pid, p->threads[i]);
 	return 0;
@@ -787,6 +812,7 @@ static void map_back(struct process *p)
 	reserve_aside(p);
 	int64_t file = open_inside(p);
 	if (file < 0) refuse("process %d: %s", p->pid, strerror((int)-file));
+	p->inside_file = file + 1;
 	uint64_t cursor = p->aside;
 	for (size_t i = 0; i < p->n_areas; i++) {
 		struct area *a = &p->areas[i];
@@ -809,9 +835,8 @@ static void map_back(struct process *p)
 	ssize_t made = run_script(p, calls, n);
 	int reason = errno;
 	if (made < 0) refuse("process %d: mapping its memory file: %s", p->pid, strerror(reason));
-	one_call(p, SYS_close, (uint64_t)file, 0, 0, 0, 0);
-	write_context(p, -1);
-	if (made != (ssize_t)n || calls[n - 1].number < 0) {
+	/* Advice may fail (a kernel without huge pages). */
+	if (made != (ssize_t)n || (calls[n - 1].go_on == ON_SUCCESS && calls[n - 1].number < 0)) {
 		/* Areas beyond the failing call never moved; nothing of theirs is aside. */
 		for (size_t i = 0; i < p->n_areas; i++) {
 			size_t move = begins[i] + 1;
@@ -842,9 +867,13 @@ static void move_back(struct process *p)
 static void finish_process(struct process *p, int undo)
 {
 	if (p->script && p->aside) {
-		if (undo) move_back(p);
+		if (undo && p->inside_file) move_back(p);
 		one_call(p, SYS_munmap, p->aside, p->aside_bytes, 0, 0, 0);
 		p->aside = 0;
+		if (p->inside_file) {
+			one_call(p, SYS_close, (uint64_t)p->inside_file - 1, 0, 0, 0, 0);
+			write_context(p, -1);
+		}
 	}
 	end_injection(p);
 }

@@ -1,0 +1,87 @@
+"""Sandboxes around the small programs of this folder."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hotstart.adapters.linux.procfs import children
+from hotstart.adapters.linux.sandbox import LinuxSandbox
+from hotstart.snapshot.sandbox import Bind, SandboxSpec
+
+INSIDE = "/run/hotstart/mem/x"
+
+
+def wait_until(true, timeout_s=20.0):
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+class Box:
+    """A sandbox in a folder of its own, with a memory folder and a control folder that the program sees."""
+
+    def __init__(self, folder, programs=None, binds=()):
+        self.folder = Path(folder)
+        self.boxes = []
+        self.binds = list(binds)
+        for name in ("mem", "control", "images", "work"):
+            (self.folder / name).mkdir()
+        if programs:
+            self.binds.append(Bind(str(programs), "/run/hotstart/programs"))
+
+    def start(self, *program, tag="w", environment=None, **fields):
+        binds = (
+            Bind(f"{self.folder}/mem", INSIDE),
+            Bind(f"{self.folder}/control", "/run/hotstart/control"),
+            *self.binds,
+        )
+        path = f"{self.folder}/{tag}"
+        spec = SandboxSpec(
+            program=program, cwd="/", environment=environment or {"PATH": os.defpath}, root_pid=1000, hostname="t",
+            log_path=f"{path}.log", result_path=f"{path}.result", door_path=f"{path}.door", binds=binds, **fields,
+        )  # fmt: skip
+        self.tag, self.box = tag, LinuxSandbox(spec)
+        self.boxes.append(self.box)
+        self.box.wait_for("restored" if "restored_log_fd" in fields else "started", 15)
+        return self
+
+    @property
+    def root(self):
+        return children(self.box.init_pid)[0]
+
+    @property
+    def log(self):
+        return (self.folder / f"{self.tag}.log").read_text(errors="replace")
+
+    @property
+    def result(self):
+        return (self.folder / f"{self.tag}.result").read_text()
+
+    def ready(self):
+        wait_until(lambda: "ready" in self.log or self.result)
+        return self
+
+    def go(self):
+        (self.folder / "control" / "go").touch()
+        wait_until(lambda: self.result, 30)
+        assert self.result == "0\n", (self.result, self.log)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    source = Path(__file__).parent / "programs" / "behaviour.c"
+    subprocess.run(["gcc", "-O2", "-pthread", "-o", folder / "behaviour", source], check=True)
+    return folder
+
+
+@pytest.fixture
+def box(tmp_path, programs):
+    b = Box(tmp_path, programs)
+    yield b
+    for s in b.boxes:
+        s.kill()

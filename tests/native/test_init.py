@@ -1,0 +1,169 @@
+"""The sandbox's first process: relays, log, exit status, signals, lifeline, descriptors."""
+
+import hashlib
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from hotstart.adapters.linux.sandbox import dial
+from tests.native.conftest import wait_until
+
+pytestmark = pytest.mark.criu
+
+ECHO = """
+import socket, threading
+def serve(c):
+    try:
+        while d := c.recv(1 << 16): c.sendall(d)
+        c.shutdown(socket.SHUT_WR)
+    except OSError: pass
+    c.close()
+s = socket.create_server(("127.0.0.1", 8000), backlog=1024)
+print("ready", flush=True)
+while True: threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+"""
+
+
+def python(box, code):
+    return box.start(sys.executable, "-I", "-S", "-c", code)
+
+
+def door(box):
+    return dial(f"{box.folder}/{box.tag}.door", 8000, 30)
+
+
+def receive_all(s):
+    digest, size = hashlib.sha256(), 0
+    while data := s.recv(1 << 18):
+        digest.update(data)
+        size += len(data)
+    return digest.hexdigest(), size
+
+
+def ticks(pid):
+    with open(f"/proc/{pid}/stat", "rb") as f:
+        return sum(map(int, f.read().rpartition(b")")[2].split()[11:13]))
+
+
+def test_a_hundred_megabytes_come_back_unchanged_and_half_closing_works(box):
+    python(box, ECHO).ready()
+    block = os.urandom(1 << 20)
+    with door(box) as s:
+        sender = threading.Thread(target=lambda: ([s.sendall(block) for _ in range(100)], s.shutdown(socket.SHUT_WR)))
+        sender.start()
+        digest, size = receive_all(s)
+        sender.join()
+    assert size == 100 << 20
+    assert digest == hashlib.sha256(block * 100).hexdigest()
+
+
+def test_three_hundred_connections_at_once_are_served(box):
+    python(box, ECHO).ready()
+    connections = [door(box) for _ in range(300)]
+
+    def ask(i):
+        s = connections[i]
+        s.sendall(b"%d" % i)
+        s.shutdown(socket.SHUT_WR)
+        with s:
+            return s.recv(100) == b"%d" % i
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(ask, range(300)))
+
+
+def test_a_client_that_resets_disturbs_nobody(box):
+    python(box, ECHO).ready()
+    for _ in range(20):
+        s = door(box)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        s.sendall(b"x" * 100000)
+        s.close()
+    with door(box) as s:
+        s.sendall(b"still there")
+        assert s.recv(100) == b"still there"
+
+
+def test_a_client_that_left_costs_no_processor_time_while_the_server_is_silent(box):
+    python(
+        box,
+        "import socket, time; s = socket.create_server(('127.0.0.1', 8000)); print('ready', flush=True); c = s.accept(); time.sleep(60)",
+    ).ready()
+    door(box).close()
+    time.sleep(0.2)
+    before = ticks(box.box.init_pid)
+    time.sleep(1)
+    assert ticks(box.box.init_pid) - before < 20
+
+
+def test_a_closed_log_costs_no_processor_time(box):
+    python(box, "import os, time; print('ready', flush=True); os.close(1); os.close(2); time.sleep(60)").ready()
+    time.sleep(0.2)
+    before = ticks(box.box.init_pid)
+    time.sleep(1)
+    assert ticks(box.box.init_pid) - before < 20
+
+
+def test_output_is_logged_and_the_exit_status_recorded(box):
+    box.start("sh", "-c", "echo out; echo err >&2; exit 3")
+    wait_until(lambda: box.result)
+    assert box.result == f"{3 << 8}\n"
+    assert box.log == "out\nerr\n"
+
+
+def test_a_child_that_never_stops_writing_does_not_keep_the_sandbox_alive(box):
+    box.start("sh", "-c", "head -c 200000000 /dev/zero & sleep 0.2; exit 0")
+    wait_until(lambda: box.result == "0\n", 5)
+
+
+def test_a_pipe_signal_is_not_ignored_inside(box):
+    box.start("sh", "-c", "grep SigIgn /proc/self/status")
+    wait_until(lambda: box.result)
+    assert int(box.log.split()[1], 16) & (1 << (signal.SIGPIPE - 1)) == 0
+
+
+def test_a_termination_signal_reaches_the_program(box):
+    python(
+        box,
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print('ready', flush=True); time.sleep(60)",
+    ).ready()
+    os.kill(box.box.init_pid, signal.SIGTERM)
+    wait_until(lambda: box.result)
+    assert box.result == f"{7 << 8}\n"
+
+
+def test_descriptors_above_256_do_not_get_into_the_sandbox(box):
+    many = [os.open("/dev/null", os.O_RDONLY) for _ in range(400)]
+    try:
+        python(
+            box,
+            "import os, time; print(sorted(os.listdir('/proc/self/fd'), key=int)[:-1], 'ready', flush=True); time.sleep(60)",
+        ).ready()
+        assert box.log.startswith("['0', '1', '2']")
+    finally:
+        for fd in many:
+            os.close(fd)
+
+
+STARTER = """
+import sys, time; sys.path[:0] = {path!r}
+from tests.native.conftest import Box
+b = Box({folder!r}).start("sleep", "60"); print(b.box.init_pid, flush=True); time.sleep(60)
+"""
+
+
+def test_killing_the_starter_ends_the_sandbox(tmp_path):
+    code = STARTER.format(path=sys.path, folder=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as starter:
+        init_pid = int(starter.stdout.readline())
+        assert os.path.exists(f"/proc/{init_pid}")
+        starter.kill()
+    wait_until(lambda: not os.path.exists(f"/proc/{init_pid}"), 5)

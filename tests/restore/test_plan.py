@@ -1,0 +1,173 @@
+"""Whether a snapshot is restored here, how, and how long that should take."""
+
+import pytest
+from msgspec import structs
+
+from hotstart.restore.plan import FileFact, NodeFacts, make_plan, refusals
+from hotstart.snapshot.manifest import MemoryFile, NeededFile, Process, RecordedRestore
+from tests.samples import HOST, LIBRARY, a_manifest
+
+MIB = 1 << 20
+UNCHANGED = FileFact(LIBRARY.size_bytes, LIBRARY.mtime_ns, is_elf=False)
+MEMORY = "00ff00ff00ff00ff/ab-0.mem"
+
+
+def a_node(**changes):
+    """A machine on which a_manifest() can be restored, its memory wholly in the page cache."""
+    fields = {
+        "host": HOST,
+        "free_memory_bytes": 64 << 30,
+        "read_bandwidth": 1e9,
+        "resident": {MEMORY: 6 * MIB},
+        "files": {LIBRARY.path: UNCHANGED},
+        "local": True,
+    }
+    return NodeFacts(**{**fields, **changes})
+
+
+def a_host(**changes):
+    return structs.replace(HOST, **changes)
+
+
+def test_the_machine_that_it_was_taken_on_refuses_nothing():
+    assert refusals(a_manifest(), a_node()) == []
+    assert make_plan(a_manifest(), a_node()).refusals == ()
+
+
+@pytest.mark.parametrize(
+    ("node", "reason"),
+    [
+        (a_node(host=a_host(architecture="aarch64")), "it was taken on x86_64, this machine is aarch64"),
+        (a_node(host=a_host(cpu_features=("sse2",))), "this CPU lacks features that the worker may use: avx avx2"),
+        (a_node(host=a_host(criu="5.0.0")), "it was dumped by CRIU 4.2.1, here is CRIU 5.0.0"),
+        (a_node(files={LIBRARY.path: None}), "/usr/lib/libssl.so.3 is gone"),
+        (a_node(files={}), "/usr/lib/libssl.so.3 is gone"),
+        (
+            a_node(files={LIBRARY.path: FileFact(4097, LIBRARY.mtime_ns, is_elf=True)}),
+            "/usr/lib/libssl.so.3 has changed since (4096 bytes then, 4097 now)",
+        ),
+        (
+            a_node(files={LIBRARY.path: FileFact(4096, LIBRARY.mtime_ns + 1, is_elf=False)}),
+            "/usr/lib/libssl.so.3 was written to since",
+        ),
+        (a_node(free_memory_bytes=20 * MIB - 1), "it needs about 20 MiB of free memory, 19 MiB are available"),
+    ],
+)
+def test_each_reason_against_a_restore_is_given_and_no_other(node, reason):
+    assert refusals(a_manifest(), node) == [reason]
+    assert make_plan(a_manifest(), node).refusals == (reason,)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        a_node(host=a_host(cpu_features=("avx", "avx2", "avx512f", "sse2"))),  # more than was there is fine
+        a_node(host=a_host(criu="4.9")),
+        a_node(host=a_host(kernel="7.0.0", libc="glibc 2.41")),
+        a_node(files={LIBRARY.path: FileFact(4096, LIBRARY.mtime_ns + 1, is_elf=True)}),  # CRIU compares its build id
+        a_node(free_memory_bytes=20 * MIB),
+        a_node(local=False, resident={}, read_bandwidth=None),
+    ],
+)
+def test_what_makes_no_difference_is_no_reason(node):
+    assert refusals(a_manifest(), node) == []
+
+
+def test_every_reason_is_given_at_once():
+    node = a_node(
+        host=a_host(architecture="aarch64", cpu_features=(), criu="3.0"),
+        files={LIBRARY.path: None},
+        free_memory_bytes=0,
+    )
+    assert len(refusals(a_manifest(), node)) == 5
+
+
+def test_every_file_that_changed_is_named():
+    needs = (LIBRARY, NeededFile("/b", 1, 1), NeededFile("/c", 1, 1))
+    found = refusals(
+        a_manifest(needs=needs), a_node(files={LIBRARY.path: UNCHANGED, "/b": FileFact(2, 1, is_elf=False)})
+    )
+    assert [f.split(" ")[0] for f in found] == ["/b", "/c"]
+
+
+def test_many_missing_features_are_one_short_reason():
+    there = a_host(cpu_features=tuple(f"f{i:02}" for i in range(60)))
+    (reason,) = refusals(a_manifest(host=there), a_node(host=a_host(cpu_features=())))
+    assert reason.endswith("f00 f01 f02 f03 f04 f05 f06 f07")
+
+
+def test_a_snapshot_without_memory_files_needs_room_for_all_of_it():
+    plain = a_manifest(memory=(), processes=(Process(1000, "python", 1, None, "copied"),))
+    assert refusals(plain, a_node(free_memory_bytes=400 * MIB)) == []
+    assert "it needs about 400 MiB" in refusals(plain, a_node(free_memory_bytes=400 * MIB - 1))[0]
+
+
+# ---- processes
+
+
+def test_each_process_is_planned_with_its_reason_and_what_must_be_read():
+    mapped, copied = make_plan(a_manifest(), a_node(resident={MEMORY: 2 * MIB})).processes
+    assert (mapped.pid, mapped.name, mapped.strategy, mapped.memory_file) == (1000, "python", "mapped", MEMORY)
+    assert (mapped.data_bytes, mapped.resident_bytes) == (6 * MIB, 2 * MIB)
+    assert "mapped privately" in mapped.reason
+    assert (copied.pid, copied.strategy, copied.memory_file) == (1010, "copied", None)
+    assert (copied.data_bytes, copied.resident_bytes) == (0, None)
+    assert "in CRIU's images" in copied.reason
+
+
+@pytest.mark.parametrize(
+    ("resident", "missing"),
+    [
+        ({MEMORY: 6 * MIB}, 0),
+        ({MEMORY: MIB}, 5 * MIB),
+        ({MEMORY: None}, 6 * MIB),
+        ({}, 6 * MIB),
+        ({MEMORY: 7 * MIB}, 0),
+    ],
+)
+def test_what_is_not_in_the_page_cache_is_missing(resident, missing):
+    assert make_plan(a_manifest(), a_node(resident=resident)).missing_bytes == missing
+
+
+def test_what_one_process_has_too_much_does_not_make_up_for_another():
+    other = MemoryFile("aaaa/0.mem", MIB, MIB, MIB, "memory-1.index")
+    manifest = a_manifest(
+        memory=(*a_manifest().memory, other),
+        processes=(*a_manifest().processes, Process(1020, "python", 1, other.name, "mapped")),
+    )
+    assert make_plan(manifest, a_node(resident={MEMORY: 600 * MIB})).missing_bytes == MIB
+
+
+# ---- predictions
+
+
+def test_with_a_warm_page_cache_it_takes_what_the_recorded_restore_took():
+    plan = make_plan(a_manifest(), a_node())
+    assert (plan.predicted_resumed_s, plan.predicted_first_answer_s) == (0.031, 0.125)
+    assert plan.notes == ()
+
+
+def test_what_is_missing_is_read_before_the_first_answer_but_does_not_delay_the_resume():
+    plan = make_plan(a_manifest(), a_node(resident={MEMORY: 0}, read_bandwidth=6 * MIB / 2))
+    assert plan.predicted_resumed_s == 0.031
+    assert plan.predicted_first_answer_s == pytest.approx(2.125)
+
+
+def test_without_a_measured_bandwidth_nothing_is_predicted_unless_nothing_must_be_read():
+    cold = make_plan(a_manifest(), a_node(resident={}, read_bandwidth=None))
+    assert (cold.predicted_resumed_s, cold.predicted_first_answer_s) == (None, None)
+    assert any("hotstart doctor" in note for note in cold.notes)
+    warm = make_plan(a_manifest(), a_node(read_bandwidth=None))
+    assert (warm.predicted_resumed_s, warm.predicted_first_answer_s) == (0.031, 0.125)
+
+
+def test_what_was_never_recorded_is_not_predicted():
+    plan = make_plan(a_manifest(recorded=None), a_node())
+    assert (plan.predicted_resumed_s, plan.predicted_first_answer_s) == (None, None)
+    plan = make_plan(a_manifest(recorded=RecordedRestore(0.031, None)), a_node())
+    assert (plan.predicted_resumed_s, plan.predicted_first_answer_s) == (0.031, None)
+
+
+def test_a_snapshot_that_is_only_in_the_store_says_so():
+    (note,) = make_plan(a_manifest(), a_node(local=False)).notes
+    assert "only in the store" in note
