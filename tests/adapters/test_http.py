@@ -79,7 +79,7 @@ def test_a_request_is_sent_whole_and_in_a_version_that_knows_no_chunks():
     head, _, body = server.received.partition(b"\r\n\r\n")
     first, *headers = head.split(b"\r\n")
     assert first == b"POST /v1/x?y=1 HTTP/1.0"
-    assert sorted(headers) == [b"content-length: 18", b"host: 127.0.0.1", b"x-key: k"]
+    assert sorted(headers) == [b"content-length: 16", b"host: 127.0.0.1", b"x-key: k"]
     assert body == b'{"a": 1}\r\n\r\nmore'
 
 
