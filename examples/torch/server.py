@@ -97,10 +97,7 @@ def project(weight, rows):
 
 
 def attend(layer, x):
-    heads = [
-        project(layer[name], x).view(len(x), HEADS, -1).transpose(0, 1)
-        for name in ("query", "key", "value")
-    ]
+    heads = [project(layer[name], x).view(len(x), HEADS, -1).transpose(0, 1) for name in ("query", "key", "value")]
     mixed = scaled_dot_product_attention(*heads, is_causal=True)
     return mixed.transpose(0, 1).reshape(len(x), WIDTH)
 
@@ -167,7 +164,7 @@ def handler_for(model):
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format, *args):
+        def log_message(self, *_):
             pass
 
     return Handler

@@ -1,7 +1,9 @@
 /* Asks an allocator that is preloaded for zeroed memory, over and over, after all the anonymous memory of this process was
- * folded. Prints how many callocs were not zero or how many live blocks had changed; exit status 1 if any.
+ * folded. Prints how many callocs were not zero and how many live blocks had changed; exit status 1 if any.
  *
- * usage: LD_PRELOAD=libhotstart-shim.so:libjemalloc.so.2 churn [unfolded]
+ * usage: LD_PRELOAD=libhotstart-shim.so:libjemalloc.so.2 churn [outside]
+ *
+ * outside: does not fold itself, but says "warm" and then churns on for longer, to be folded in the middle of it.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -16,7 +18,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { THREADS = 3, SLOTS = 300, ROUNDS = 20 };
+enum { THREADS = 3, SLOTS = 300 };
+static int rounds = 20;
 static int warm[2], folded[2]; /* pipes: a barrier's own memory would be folded while others wait at it */
 static long callocs, not_zero, changed;
 
@@ -37,7 +40,7 @@ static int all(const unsigned char *p, size_t bytes, unsigned char value)
 
 static void churn(struct slots *s, uint32_t *state)
 {
-	for (int round = 0; round < ROUNDS; round++) {
+	for (int round = 0; round < rounds; round++) {
 		for (int i = 0; i < SLOTS; i++) {
 			if (s->block[i]) continue;
 			size_t bytes = s->bytes[i] = 1024 + rnd(state, rnd(state, 4) ? 60000 : 200000);
@@ -122,7 +125,11 @@ int main(int argc, char **argv)
 	for (int i = 0; i < THREADS; i++)
 		if (read(warm[0], bytes, 1) != 1) return 2;
 	while (!others_sleep()) usleep(1000);
-	if (argc == 1) {
+	if (argc > 1) {
+		puts("warm");
+		fflush(stdout);
+		rounds = 40;
+	} else {
 		unlink("/run/hotstart/mem/.unfolded");
 		if ((areas = fold_everything()) <= 0) { puts("cannot fold"); return 2; }
 	}

@@ -117,7 +117,11 @@ static int all(const byte *p, size_t bytes, int value)
 }
 
 /* Room whose neighbours are known: unmapped before and behind, and nothing is put there by itself (it lies low). */
-static byte *room(int which) { return (byte *)(0x100000000000UL + (uintptr_t)which * 0x10000000UL); }
+static byte *room(int which)
+{
+	static volatile uintptr_t base = 0x100000000000UL; /* volatile: GCC takes a constant address for an object of no size */
+	return (byte *)(base + (uintptr_t)which * 0x10000000UL);
+}
 
 static int mapped(const void *at)
 {
@@ -600,17 +604,16 @@ static void trap_the_shim(void)
 	EXPECT(sigaction(SIGSYS, &action, 0) == 0);
 	static const int trapped[] = {SYS_madvise, SYS_mremap, SYS_mmap, SYS_faccessat, SYS_openat, SYS_ioctl, SYS_read, SYS_close};
 	enum { N = sizeof trapped / sizeof *trapped };
-	struct sock_filter code[N + 5] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr))};
+	struct sock_filter code[N + 6] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr))};
 	int n = 1;
 	for (int i = 0; i < N; i++)
-		code[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)trapped[i], (uint8_t)(N - 1 - i + 1), 0);
+		code[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)trapped[i], (uint8_t)(N - i), 0);
 	code[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
 	code[n++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[5]));
 	code[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 1);
 	code[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP);
-	struct sock_fprog program = {(unsigned short)n, code};
 	code[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
-	program.len = (unsigned short)n;
+	struct sock_fprog program = {(unsigned short)n, code};
 	EXPECT(!prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
 	EXPECT(!prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program));
 }

@@ -208,8 +208,9 @@ class Hotstart:
         except Damaged as e:
             if name not in published_names(self.store):
                 raise
-            note(f"{e}; taking the store's copy")
-            return self.repair(name, progress)
+            repaired = self.repair(name, progress)
+            note(f"{e}; the store's copy took its place")
+            return repaired
 
     def repair(self, name: str, progress: Progress = no_progress) -> LocalSnapshot:
         """Replace the local copy of a snapshot by the store's, which is verified first. Raises Damaged if that is bad too."""

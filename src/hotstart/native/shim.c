@@ -1,9 +1,9 @@
 /* libhotstart-shim.so: preloaded in a sandbox, keeps madvise(2) and mremap(2) true after a fold.
  *
- * A fold replaces private anonymous memory by private mappings of /run/hotstart/mem/ID/NAME.mem ("ours" below). Three things then
- * differ, all for the worse: what is thrown away comes back from the file instead of as zeros (jemalloc's calloc relies on
- * zeros), advice that is meant for anonymous memory fails with EINVAL, and growth shows the file's next bytes. For ranges
- * that contain nothing of ours result, errno and effect are the kernel's; with one leniency, see move_in_pieces.
+ * A fold replaces private anonymous memory by private mappings of /run/hotstart/mem/ID/NAME.mem ("ours" below). Three
+ * things then differ, all for the worse: what is thrown away comes back from the file instead of as zeros (jemalloc's
+ * calloc relies on zeros), advice that is meant for anonymous memory fails with EINVAL, and growth shows the file's next
+ * bytes. Where there is nothing of ours, result, errno and effect are the kernel's; one leniency is at move_in_pieces.
  *
  * The kernel is always asked first and its answer mended afterwards. The fold strikes from outside at any instruction:
  * had we looked before the call, it could come in between. After the call it cannot: what was anonymous during the call
@@ -25,8 +25,8 @@
 #include <unistd.h>
 
 #define MEMORY_FOLDER "/run/hotstart/mem/"
-/* Made with the sandbox of a fresh worker, removed by the fold before it maps anything. Whatever goes wrong with it (never
- * made, not readable, left out of a replica's sandbox) costs time and not correctness. */
+/* Made with the sandbox of a fresh worker, removed by the fold before it maps anything, not there in a replica's sandbox. If
+ * it is missing or cannot be looked up, that costs time only; the one thing that must not happen is that it outlives a fold. */
 #define UNFOLDED MEMORY_FOLDER ".unfolded"
 
 /* Newer than the headers of Debian 12. */

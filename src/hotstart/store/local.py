@@ -10,7 +10,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from msgspec import MsgspecError, Struct, json, structs
 
@@ -121,7 +121,8 @@ class LocalSnapshot(Struct):
             with open(self.memory_path(memory.name), "rb") as f:
                 if os.fstat(f.fileno()).st_size != memory.size_bytes:
                     raise problem
-                with _mapped(f.fileno(), memory.data_end) as data, memoryview(data) as view:
+                with _mapped(f.fileno(), memory.data_end) as data:
+                    view = memoryview(data)
                     at = 0
                     for extent in self.extents(memory):
                         end = extent.offset + extent.length
@@ -150,10 +151,9 @@ class LocalSnapshot(Struct):
                 spans = data_spans(f.fileno(), memory.data_end)
                 populate(data, spans)
                 extents = []
-                with memoryview(data) as view:
-                    for extent in chunk_extents(view, spans):
-                        extents.append(extent)
-                        progress(extent.length)
+                for extent in chunk_extents(memoryview(data), spans):
+                    extents.append(extent)
+                    progress(extent.length)
             write_durably(self.path(index), encode_index(extents))
             files = [file for file in files if file.path != index]
             files.append(describe_file(self.folder, index))
@@ -376,5 +376,11 @@ def _sync(folder: str) -> None:
         os.close(fd)
 
 
-def _mapped(fd: int, length: int) -> mmap.mmap:
-    return mmap.mmap(fd, length, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+@contextmanager
+def _mapped(fd: int, length: int) -> Iterator[mmap.mmap]:
+    data = mmap.mmap(fd, length, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+    try:
+        yield data
+    finally:
+        with suppress(BufferError):  # views of it are still held, as after an interrupt; it goes with the last of them
+            data.close()

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from hotstart.errors import Damaged
 from hotstart.store.content import digest_of
-from hotstart.store.port import Store
+from hotstart.store.port import Missing, Store
 
 PACK_BYTES = 64 << 20
 _MAGIC = b"HSPACK1\0"
@@ -86,10 +86,13 @@ def decode_places(data: bytes) -> dict[str, Place]:
 
 
 def read_chunk(store: Store, digest: str, place: Place | None) -> bytes:
-    """Read one chunk and verify it. Raises Damaged if what is there is anything else, Missing if the pack is gone."""
+    """Read one chunk and verify it. Raises Damaged if what is there is anything else, or nothing."""
     if place is None or place.codec != CODEC_RAW:
         raise Damaged(f"chunk {digest[:12]} has no place in the store")
-    data = store.read(f"packs/{place.pack}", place.position, place.stored_bytes)
+    try:
+        data = store.read(f"packs/{place.pack}", place.position, place.stored_bytes)
+    except Missing as e:
+        raise Damaged(f"pack {place.pack[:12]} of chunk {digest[:12]} is gone from the store") from e
     if len(data) != place.stored_bytes or digest_of(data) != digest:
         raise Damaged(f"chunk {digest[:12]} in pack {place.pack[:12]} is damaged")
     return data

@@ -90,10 +90,17 @@ def known_places(store: Store) -> dict[str, Place]:
     return places
 
 
+def _places_of(store: Store, found: Published) -> dict[str, Place]:
+    try:
+        return decode_places(store.read(f"places/{found.digest}"))
+    except Missing as e:
+        raise Damaged(f"the store has lost the places of snapshot {found.manifest.name}") from e
+
+
 def materialise(name: str, store: Store, snapshots: LocalSnapshots, progress: Progress = no_progress) -> LocalSnapshot:
     """Make a local snapshot of a published one, every byte verified. Raises NotFound, Damaged."""
     found = find_published(store, name)
-    places = decode_places(store.read(f"places/{found.digest}"))
+    places = _places_of(store, found)
     made: list[str] = []
     with snapshots.begin(name) as partial:
         try:
@@ -155,7 +162,7 @@ def verify_published(store: Store, name: str, progress: Progress = no_progress) 
     """Read and verify everything that a published snapshot consists of; return the bytes read. Raises NotFound, Damaged."""
     found = find_published(store, name)
     try:
-        places = decode_places(store.read(f"places/{found.digest}"))
+        places = _places_of(store, found)
         chunks = [c for file in found.manifest.files for c in file.chunks]
         for memory in found.manifest.memory:
             index = next(f for f in found.manifest.files if f.path == memory.index)

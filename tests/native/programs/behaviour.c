@@ -261,8 +261,13 @@ static void stopped(void) /* a child in group stop stays so */
 	until_go();
 	char path[64], line[400];
 	snprintf(path, sizeof path, "/proc/%d/stat", child);
-	FILE *f = fopen(path, "r");
-	EXPECT(f && fgets(line, sizeof line, f) && strstr(line, ") T "));
+	for (int tries = 0, still = 0; !still; tries++) { /* a moment after it was let go it stops again */
+		FILE *f = fopen(path, "r");
+		EXPECT(tries < 100 && f && fgets(line, sizeof line, f));
+		still = strstr(line, ") T ") != 0;
+		fclose(f);
+		usleep(10000);
+	}
 	kill(child, SIGCONT);
 	EXPECT(waitpid(child, &status, 0) == child && status == 0);
 }

@@ -77,12 +77,19 @@ class RunFolder:
 
     def claim(self) -> bool:
         """Make the folder and lock it; False if the name is taken."""
+        # Locked before it has its name: a sweep must never take it for somebody's leftover.
+        aside = os.path.join(os.path.dirname(self.path), f".{self.name}-{os.getpid()}-{os.urandom(4).hex()}")
+        os.mkdir(aside)
+        lock_fd = os.open(os.path.join(aside, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock_fd, fcntl.LOCK_EX)
         try:
-            os.mkdir(self.path)
-        except FileExistsError:
+            os.rename(aside, self.path)
+        except OSError:
+            os.unlink(os.path.join(aside, "lock"))
+            os.rmdir(aside)
+            os.close(lock_fd)
             return False
-        self._lock_fd = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+        self._lock_fd = lock_fd
         return True
 
     def begin_memory(self, memory_root: str) -> str:
@@ -213,7 +220,7 @@ class RunFolders:
         with suppress(FileNotFoundError):
             for name in os.listdir(self.root):
                 folder = RunFolder(os.path.join(self.root, name))
-                if os.path.isdir(folder.path):
+                if os.path.isdir(folder.path) and (not name.startswith(".") or not _lives(name)):
                     folder.clear_leftover()
 
     def live_memory_ids(self) -> set[str]:
@@ -224,6 +231,11 @@ class RunFolders:
                 filter(None, starting)
             )
         return set()
+
+
+def _lives(aside: str) -> bool:
+    """Say whether the process that made a folder under a name like .NAME-PID-RANDOM runs."""
+    return os.path.exists(f"/proc/{aside.split('-')[-2]}") if aside.count("-") >= 2 else False
 
 
 def _shell_status(wait_status: int) -> int:
