@@ -3,11 +3,12 @@
  *
  * usage: LD_PRELOAD=libhotstart-shim.so:libjemalloc.so.2 churn [outside]
  *
- * outside: does not fold itself, but says "warm" and then churns on for longer, to be folded in the middle of it.
+ * outside: does not fold itself, but says "warm" and then churns on until its stdin ends, to be folded in the middle of it.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -19,7 +20,7 @@
 #include <unistd.h>
 
 enum { THREADS = 3, SLOTS = 300 };
-static int rounds = 20;
+static volatile int rounds = 20;
 static int warm[2], folded[2]; /* pipes: a barrier's own memory would be folded while others wait at it */
 static long callocs, not_zero, changed;
 
@@ -104,7 +105,8 @@ static int fold_everything(void)
 		if (inode || strcmp(mode, "rw-p") || (path[0] && strcmp(path, "[heap]"))) continue;
 		size_t bytes = end - start;
 		if (pwrite(file, (void *)start, bytes, offset) != (ssize_t)bytes) return -1;
-		if (mmap((void *)start, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, offset) != (void *)start) return -1;
+		void *at = mmap((void *)start, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, offset);
+		if (at != (void *)start) return -1;
 		offset += (off_t)bytes;
 		areas++;
 	}
@@ -128,12 +130,16 @@ int main(int argc, char **argv)
 	if (argc > 1) {
 		puts("warm");
 		fflush(stdout);
-		rounds = 40;
+		rounds = INT_MAX;
 	} else {
 		unlink("/run/hotstart/mem/.unfolded");
 		if ((areas = fold_everything()) <= 0) { puts("cannot fold"); return 2; }
 	}
 	if (write(folded[1], bytes, THREADS) != THREADS) return 2;
+	if (argc > 1) {
+		while (read(0, bytes, 1) > 0) {}
+		rounds = 0;
+	}
 	for (int i = 0; i < THREADS; i++) pthread_join(threads[i], 0);
 	printf("%d areas folded, %ld callocs, %ld not zero, %ld live blocks changed\n", areas, callocs, not_zero, changed);
 	return not_zero || changed;

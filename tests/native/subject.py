@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import pytest
 
 from hotstart.adapters.linux.fold import Fold
 from hotstart.adapters.linux.procfs import children, tree
-from hotstart.adapters.linux.sandbox import LinuxSandbox, LinuxSandboxes, kill_init
+from hotstart.adapters.linux.sandbox import LinuxSandbox, LinuxSandboxes
 from hotstart.snapshot.layout import MEMORY_FOLDER, Area, parse_smaps
 from hotstart.snapshot.sandbox import Bind, SandboxSpec
 

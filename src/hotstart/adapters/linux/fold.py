@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import IO
 
@@ -46,7 +47,8 @@ class Fold:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._orders.close()
+        with suppress(OSError):  # it may have refused and left with orders unread
+            self._orders.close()
         self._program.wait()
         self._answers.close()
         os.close(self._folder_fd)
