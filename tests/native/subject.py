@@ -1,112 +1,72 @@
-"""A test program in a sandbox: folded, undone, checkpointed and restored, and asked whether it is still itself."""
+"""A test program of programs/ in a sandbox: folded, undone, checkpointed, restored, and asked whether it is still itself."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from hotstart.adapters.criu.dumper import CriuDumper
+from hotstart.adapters.criu.program import LOG_FD, find_criu, why_it_failed
+from hotstart.adapters.linux.capture import LinuxFilePacker, enter_command
 from hotstart.adapters.linux.fold import Fold
-from hotstart.adapters.linux.procfs import children, tree
-from hotstart.adapters.linux.sandbox import LinuxSandbox, LinuxSandboxes
-from hotstart.snapshot.layout import MEMORY_FOLDER, Area, parse_smaps
-from hotstart.snapshot.sandbox import Bind, SandboxSpec
+from hotstart.errors import HotstartError
+from hotstart.snapshot.capture import NOT_OF_THE_SNAPSHOT
+from hotstart.snapshot.layout import Area, parse_smaps
+from hotstart.snapshot.worker import PRIVATE_FOLDERS
+from tests.native.conftest import INSIDE, Box, wait_until
 
 PROGRAMS = Path(__file__).parent / "programs"
-INSIDE = f"{MEMORY_FOLDER}/subject"
 BINARIES = "/run/hotstart/programs"
 PATIENCE_S = 40.0
 RSEQ_BYTES = 32
 
 
-def compile_program(name: str, folder: Path) -> Path:
-    """Compile programs/NAME.c; the result lies in `folder`."""
-    out = folder / name
-    source = PROGRAMS / f"{name}.c"
+def compile_program(name: str, folder: Path) -> None:
+    """Compile programs/NAME.c to FOLDER/NAME."""
     compiler = os.environ.get("CC") or "cc"
-    subprocess.run([compiler, "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", out, source], check=True)
-    return out
-
-
-def wait_until(true: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
-    """Poll until it is true; fail the test after `patience_s`."""
-    deadline = time.monotonic() + patience_s
-    while not true():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {patience_s:g} s for {what}")
-        time.sleep(0.002)
+    flags = ["-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run([compiler, *flags, "-o", folder / name, PROGRAMS / f"{name}.c"], check=True)
 
 
 class Subject:
-    """One behaviour of one program (programs/check.h), in a sandbox of its own."""
+    """One behaviour of one program that includes programs/check.h."""
 
-    def __init__(self, folder: Path, memory: Path, binaries: Path, log: str = "log") -> None:
-        self.folder, self.memory, self.binaries = folder, memory, binaries
-        self.log_path = folder / log
-        self._checks = self._folds = 0
-        self.sandbox: LinuxSandbox
-        self.root_pid = 0
+    def __init__(self, box: Box) -> None:
+        self.box = box
+        self._checks = self._folds = self._restores = 0
 
-    def spec(self, program: tuple[str, ...], **more: object) -> SandboxSpec:
-        """What its sandbox is made from."""
-        environment = {"PATH": os.environ["PATH"], **more.pop("environment", {})}  # type: ignore[dict-item]
-        return SandboxSpec(
-            program=program,
-            cwd="/",
-            environment=environment,
-            root_pid=1000,
-            hostname="subject",
-            log_path=str(self.log_path),
-            result_path=str(self.folder / "result"),
-            door_path=str(self.folder / "door"),
-            binds=(Bind(str(self.binaries), BINARIES), Bind(str(self.memory), INSIDE)),
-            **more,
-        )
-
-    def start(self, program: str, behaviour: str, **more: object) -> None:
+    def start(self, program: str, behaviour: str, **fields: object) -> None:
         """Start it and wait until it is set up; skips the test if the machine lacks what it is about."""
-        with suppress(FileNotFoundError):
-            (self.folder / "door").unlink()
-        self.sandbox = LinuxSandboxes().start(self.spec((f"{BINARIES}/{program}", behaviour), **more))
-        self.sandbox.wait_for("started", 10)
-        wait_until(lambda: self._reads("ready"), f"{behaviour} to be ready")
-        self.root_pid = children(self.sandbox.init_pid)[0]
+        self.box.start(f"{BINARIES}/{program}", behaviour, **fields)
+        wait_until(lambda: self._has_said("ready"), PATIENCE_S)
 
-    def log(self) -> str:
-        """What it printed so far."""
-        return self.log_path.read_text(errors="replace")
-
-    def _reads(self, line: str) -> bool:
-        text = self.log()
+    def _has_said(self, line: str) -> bool:
+        text = self.box.log
         if "FAILED" in text:
             pytest.fail(text[text.index("FAILED") :].splitlines()[0])
         if "skipped: " in text:
             pytest.skip(text.partition("skipped: ")[2].strip())
         if f"{line}\n" in text:
             return True
-        result = self.folder / "result"
-        if result.exists() and result.read_text():
-            pytest.fail(f"it ended with wait status {result.read_text().strip()}; its output: {text}")
+        if self.box.result:
+            pytest.fail(f"it ended with wait status {self.box.result.strip()}; its output: {text}")
         return False
 
     def check(self) -> None:
         """Ask it to verify itself."""
         self._checks += 1
-        Path(f"/proc/{self.sandbox.init_pid}/root/run/check.{self._checks}").touch()
-        wait_until(lambda: self._reads(f"ok {self._checks}"), "the check to pass")
-
-    def pids(self) -> list[int]:
-        """Host pids of its processes."""
-        return tree(self.root_pid)
+        Path(f"/proc/{self.box.box.init_pid}/root/run/check.{self._checks}").touch()
+        wait_until(lambda: self._has_said(f"ok {self._checks}"), PATIENCE_S)
 
     def freeze(self) -> Fold:
         """Freeze it."""
-        return Fold(self.root_pid, str(self.memory), INSIDE, 2)
+        return Fold(self.box.root, f"{self.box.folder}/mem", INSIDE, 2)
 
     def name_files(self) -> Callable[[int], str]:
         """Names for the memory files of the next fold."""
@@ -128,21 +88,50 @@ class Subject:
         with self.freeze() as frozen:
             before = {pid: Memory(pid) for pid in frozen.pids}
             frozen.map_memory(self.name_files())
-        self.expect_memory_files(self._folds - 1)
+        self.expect_no_file_of(self._folds)
         with self.freeze() as frozen:
             for pid, memory in before.items():
                 if memory.is_quiet_since(pid):
                     assert memory.shape() == Memory(pid).shape()
                     assert memory.differences(Memory(pid)) == []
 
-    def expect_memory_files(self, folds: int) -> None:
-        """Undone folds leave no file."""
-        assert {p.name.partition("-")[0] for p in self.memory.iterdir()} <= {str(i + 1) for i in range(folds)}
+    def checkpoint(self) -> None:
+        """Dump it with CRIU and end it. What its private folders hold goes into a file pack."""
+        self._images = tempfile.mkdtemp(dir=self.box.folder)
+        os.mkdir(f"{self._images}/images")
+        self._log_pipe = os.readlink(f"/proc/{self.box.root}/fd/1")
+        self._pack_checks, init_pid = self._checks, self.box.box.init_pid
+        pack = f"{self._images}/files"
+        CriuDumper(find_criu(), enter_command, 1000, ()).dump(
+            init_pid,
+            f"{self._images}/images",
+            lambda: LinuxFilePacker().pack(init_pid, PRIVATE_FOLDERS, NOT_OF_THE_SNAPSHOT, pack),
+        )
 
-    def end(self) -> None:
-        """End its sandbox."""
-        if hasattr(self, "sandbox"):
-            self.sandbox.kill()
+    def restore(self) -> None:
+        """End it and restore what was dumped, in a fresh sandbox."""
+        self.box.box.kill()
+        self._checks = self._pack_checks
+        self._restores += 1
+        criu, work = find_criu(), tempfile.mkdtemp(dir=self._images)
+        fds = (os.open(f"{self._images}/images", os.O_RDONLY), os.open(work, os.O_RDONLY))
+        try:
+            self.box.start(
+                *criu.restore_command(*fds, self._log_pipe),
+                tag=f"replica-{self._restores}",
+                restored_log_fd=LOG_FD,
+                keep_fds=fds,
+                file_pack=f"{self._images}/files",
+            )
+        except HotstartError as e:
+            pytest.fail(f"{e}: {why_it_failed(f'{work}/restore.log')}")
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def expect_no_file_of(self, fold: int) -> None:
+        """Undone folds leave none."""
+        assert not [name for name in os.listdir(f"{self.box.folder}/mem") if name.startswith(f"{fold}-")]
 
 
 class Memory:
@@ -217,11 +206,10 @@ def _context_switches(pid: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """A file system that is soon full."""
-    folder.mkdir()
+def full_after(folder: str, size_bytes: int) -> Iterator[None]:
+    """Put a small file system over a folder."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", folder], check=True)
     try:
-        yield folder
+        yield
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)

@@ -1,0 +1,278 @@
+"""The fold against programs that verify themselves: whatever the kernel promised them before it, it still holds after it."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from hotstart.adapters.linux.fold import Fold
+from hotstart.adapters.linux.native import native_program
+from hotstart.errors import FoldRefused
+from hotstart.snapshot.layout import lay_out, parse_smaps
+from tests.native.conftest import INSIDE, Box
+from tests.native.subject import PROGRAMS, Subject, compile_program, full_after
+
+pytestmark = pytest.mark.criu
+
+NAMES = ("memory", "threads", "signals", "trees")
+REFUSED = {
+    "memory-beyond_the_end": "copying its memory: Bad address",
+    "memory-sealed": "mapping its memory file: Operation not permitted",
+    "memory-no_descriptors": "cannot open .*: Too many open files",
+    "trees-long_vfork": r"cannot be stopped \(a parent in vfork\?\)",
+    "trees-shared_address_space": "share one memory",
+    "trees-debugged": "cannot be traced",
+    "trees-asynchronous_reads": "asynchronous I/O",
+    "trees-own_dispatch": "dispatches system calls itself",
+}
+NEEDS_THE_SHIM = ("memory-discarded",)
+RESTORED = (
+    "memory-heap",
+    "memory-sparse_mappings",
+    "memory-program_break",
+    "memory-protections",
+    "memory-copy_on_write",
+    "memory-churn",
+    "memory-discarded",
+    "threads-stacks",
+    "threads-hammers",
+    "signals-waiting_calls",
+    "trees-sleeping_children",
+)
+
+
+def behaviours():
+    for name in NAMES:
+        for behaviour in re.findall(r'\{"(\w+)", \w+\}', (PROGRAMS / f"{name}.c").read_text()):
+            yield f"{name}-{behaviour}"
+
+
+FOLDED = [b for b in behaviours() if b not in REFUSED]
+
+
+@pytest.fixture(scope="session")
+def binaries(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("binaries")
+    for name in NAMES:
+        compile_program(name, folder)
+    return folder
+
+
+@pytest.fixture
+def subject(tmp_path, binaries):
+    box = Box(tmp_path, binaries)
+    yield Subject(box)
+    for sandbox in box.boxes:
+        sandbox.kill()
+
+
+def start(subject, behaviour, **fields):
+    if behaviour in NEEDS_THE_SHIM:
+        fields["environment"] = {"PATH": os.defpath, "LD_PRELOAD": native_program("libhotstart-shim.so")}
+    subject.start(*behaviour.split("-"), **fields)
+
+
+@pytest.mark.parametrize("behaviour", FOLDED)
+def test_a_fold_undone_made_and_made_again_is_not_noticed(subject, behaviour):
+    start(subject, behaviour)
+    with subject.freeze():
+        pass
+    subject.undo_fold()
+    subject.check()
+    subject.fold()
+    subject.check()
+    subject.fold()
+    subject.check()
+
+
+@pytest.mark.parametrize("behaviour", REFUSED)
+def test_what_cannot_be_folded_is_refused_soon_and_goes_on(subject, behaviour):
+    start(subject, behaviour)
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(FoldRefused, match=REFUSED[behaviour]):
+            subject.fold()
+        assert time.monotonic() - began < 5
+        assert os.listdir(f"{subject.box.folder}/mem") == []
+        subject.check()
+
+
+@pytest.mark.parametrize("behaviour", ["signals-flood", "signals-timers", "signals-stop_storm", "trees-orphans"])
+def test_many_folds_of_a_busy_program_lose_nothing(subject, behaviour):
+    start(subject, behaviour)
+    for i in range(12):
+        with subject.freeze() as frozen:
+            frozen.map_memory(subject.name_files())
+            if i % 3:
+                frozen.release()
+    subject.check()
+
+
+@pytest.mark.parametrize(
+    "behaviour", ["threads-hammers", "trees-in_flight", "threads-registers_of_the_first", "signals-waiting_calls"]
+)
+def test_a_fold_that_is_killed_at_any_time_leaves_a_program_that_goes_on(subject, behaviour):
+    start(subject, behaviour)
+    for i in range(16):
+        frozen = subject.freeze()
+        kill = threading.Timer(0.001 * i, os.kill, (frozen._program.pid, signal.SIGKILL))
+        if i:
+            kill.start()
+        with suppress(FoldRefused):
+            frozen.map_memory(subject.name_files())
+        if not i:  # the first is killed when all is mapped
+            kill.start()
+        kill.join()
+        with suppress(BrokenPipeError):  # orders that nobody read
+            frozen._orders.close()
+        frozen.__exit__(None, None, None)
+    subject.check()
+
+
+class Conversation:
+    """hotstart-fold itself, spoken to word by word."""
+
+    def __init__(self, subject):
+        self._folder = os.open(f"{subject.box.folder}/mem", os.O_RDONLY)
+        command = [native_program("hotstart-fold"), str(subject.box.root), str(self._folder), INSIDE, "2"]
+        self.program = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(self._folder,), text=True
+        )
+
+    def hear(self, last):
+        lines = []
+        for line in self.program.stdout:
+            lines.append(line.strip())
+            if line.startswith((last, "refused")):
+                break
+        return lines
+
+    def say(self, *lines):
+        self.program.stdin.write("".join(f"{line}\n" for line in lines))
+        self.program.stdin.flush()
+
+    def end(self):
+        if not self.program.stdin.closed:
+            self.program.stdin.close()
+        self.program.wait()
+        self.program.stdout.close()
+        os.close(self._folder)
+
+
+def orders(pid, name):
+    with open(f"/proc/{pid}/smaps", "rb") as f:
+        layout = lay_out(parse_smaps(f.read()))
+    yield f"process {pid} {name} {layout.size_bytes:x}"
+    for p in layout.placed:
+        area = f"{p.area.start:x} {p.area.end:x} {p.offset:x} {p.protection_bits:x}"
+        yield f"area {area} {int(p.whole)} {p.advice}"
+
+
+@pytest.mark.parametrize("stage", ["at once", "frozen", "half the orders", "go", "copied", "folded", "something else"])
+def test_the_end_of_the_orders_undoes_everything_at_every_step(subject, stage):
+    start(subject, "threads-hammers")
+    talk = Conversation(subject)
+    if stage != "at once":
+        pid = int(talk.hear("frozen")[0].split()[1])
+        all_orders = list(orders(pid, "x.mem"))
+        if stage == "half the orders":
+            talk.say(*all_orders[: len(all_orders) // 2])
+        elif stage != "frozen":
+            talk.say(*all_orders, "go")
+        if stage in ("copied", "folded", "something else"):
+            talk.hear("copied" if stage == "copied" else "folded")
+        if stage == "something else":
+            talk.say("releas")
+    talk.end()
+    assert os.listdir(f"{subject.box.folder}/mem") == []
+    subject.check()
+    subject.fold()
+    subject.check()
+
+
+@pytest.mark.parametrize("order", ["proces 1 x 10", "process 1 x.mem 10", "area 1000 2000 0 3 0 -1", "go on", "\x01"])
+def test_orders_that_make_no_sense_are_refused(subject, order):
+    start(subject, "memory-heap")
+    talk = Conversation(subject)
+    talk.hear("frozen")
+    talk.say(order)
+    assert talk.hear("refused")[-1].startswith("refused order not understood")
+    talk.end()
+    subject.check()
+
+
+def test_whoever_speaks_and_vanishes_while_it_answers_leaves_a_program_that_goes_on(subject):
+    start(subject, "threads-hammers")
+    for _ in range(3):
+        talk = Conversation(subject)
+        pid = int(talk.hear("frozen")[0].split()[1])
+        talk.say(*orders(pid, "x.mem"), "go")
+        talk.program.stdout.close()  # a broken pipe must not end it in the middle
+        talk.program.stdin.close()
+        talk.program.wait()
+        os.close(talk._folder)
+        subject.check()
+    assert os.listdir(f"{subject.box.folder}/mem") == []
+
+
+def test_there_is_nothing_to_freeze_where_no_process_is(tmp_path):
+    with pytest.raises(FoldRefused, match="there is no process"):
+        Fold(2**22 - 1, str(tmp_path), INSIDE, 1)
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_tree_is_undone_everywhere(subject):
+    with full_after(f"{subject.box.folder}/mem", 6 << 20):
+        start(subject, "trees-sleeping_children")
+        for _ in range(2):
+            with pytest.raises(FoldRefused, match="No space left on device"):
+                subject.fold()
+            assert os.listdir(f"{subject.box.folder}/mem") == []
+            subject.check()
+        subject.box.box.kill()
+
+
+def test_a_limit_on_file_sizes_is_a_reason_and_not_a_death(subject):
+    start(subject, "memory-heap")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(FoldRefused, match="memory file: File too large"):
+            subject.fold()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    subject.check()
+
+
+def test_a_memory_file_can_be_read_by_any_user_whatever_the_umask(subject):
+    start(subject, "memory-heap")
+    before = os.umask(0o077)
+    try:
+        subject.fold()
+    finally:
+        os.umask(before)
+    assert (Path(subject.box.folder) / "mem" / "1-0.mem").stat().st_mode & 0o777 == 0o444
+
+
+@pytest.mark.parametrize("behaviour", RESTORED)
+def test_a_replica_of_a_folded_program_goes_on(subject, behaviour):
+    start(subject, behaviour)
+    subject.check()
+    subject.fold()
+    subject.checkpoint()
+    subject.check()
+    for _ in range(2):
+        subject.restore()
+        subject.check()
+        subject.check()
+    subject.fold()  # replicas can be folded and checkpointed in their turn
+    subject.check()
+    subject.checkpoint()
+    subject.restore()
+    subject.check()
