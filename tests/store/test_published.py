@@ -220,6 +220,17 @@ def test_unpublishing_frees_what_only_it_needed(home, store):
     assert stored_bytes(store) == before
 
 
+def test_a_snapshot_does_not_hold_on_to_packs_of_others_that_it_does_not_need(home, store):
+    file, chunks = one_file("files.pack")
+    forge(store, a_manifest(name="other", files=(file,), memory=()), chunks)
+    publish(make_local(home), store)
+    unpublish(store, "other")
+    alone = MemoryStore()
+    publish(make_local(home.parent / "again"), alone)
+    assert [size for _, size in store.list("packs/")] == [size for _, size in alone.list("packs/")]
+    verify_published(store, "llm-1")
+
+
 def test_unpublishing_what_nobody_published_changes_nothing(home, store):
     publish(make_local(home), store)
     before = objects_of(store)
