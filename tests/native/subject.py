@@ -204,9 +204,11 @@ class Memory:
                     allowed -= 1
                 else:
                     found.append(f"page {start:x} of process {self._pid}: {len(spots)} bytes from {spots[0]:x} on")
-        for start in after._pages.keys() - self._pages.keys():
-            if any(a.start <= start < a.end for a in self.areas):  # not the fold's own
-                found.append(f"page {start:x} of process {self._pid} was zero or absent")
+        found += [
+            f"page {start:x} of process {self._pid} was zero or absent"
+            for start in after._pages.keys() - self._pages.keys()
+            if any(a.start <= start < a.end for a in self.areas)  # not the fold's own
+        ]
         return found
 
 
