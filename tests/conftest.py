@@ -18,7 +18,7 @@ pytest.register_assert_rewrite("tests.store.conformance")
 
 # Derandomised: a red run is red again. HYPOTHESIS_PROFILE=search looks for more, and further.
 _COMMON = {"database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("repeatable", derandomize=True, max_examples=100, **_COMMON)
+settings.register_profile("repeatable", derandomize=True, max_examples=60, **_COMMON)
 settings.register_profile("search", derandomize=False, max_examples=5000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 

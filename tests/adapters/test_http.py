@@ -34,16 +34,16 @@ class Server:
             self._script(connection)
 
     def _read(self, connection):
-        while b"\r\n\r\n" not in self.received:
-            self.received += connection.recv(65536)
-        head, _, body = self.received.partition(b"\r\n\r\n")
-        length = next(
-            int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
-        )
-        while len(body) < length:
+        length = None
+        while length is None or len(self.received) < length:
             more = connection.recv(65536)
+            if not more:
+                return
             self.received += more
-            body += more
+            head, end, _ = self.received.partition(b"\r\n\r\n")
+            if end and length is None:
+                (body,) = (line.split(b":")[1] for line in head.split(b"\r\n") if line.startswith(b"content-length"))
+                length = len(head) + len(end) + int(body)
 
     def __enter__(self):
         return self

@@ -14,12 +14,12 @@ PAGE = 4096
 DATA_END = 4 * MIB
 TAIL = 64 * PAGE
 
-# What a memory file holds, as (offset, bytes): pages, holes between them, zeros that were written, a run over the end of a MiB.
+# What a memory file holds, as (offset, bytes): pages, holes between and after them, written zeros, a run over a MiB's end.
 SHARED = [
     (0, b"shared weights " * 4000),
     (MIB - PAGE, random.Random(0).randbytes(3 * PAGE)),
     (2 * MIB, bytes(5 * PAGE)),
-    (DATA_END - PAGE, b"\1" * PAGE),
+    (DATA_END - 2 * PAGE, b"\1" * PAGE),
 ]
 
 

@@ -283,6 +283,18 @@ def test_a_digesting_killed_at_any_step_leaves_a_good_snapshot_that_can_be_diges
     assert opened(tmp_path).digested
 
 
+def test_an_interrupted_digesting_is_quiet_and_leaves_a_good_snapshot(tmp_path):
+    local = make_local(tmp_path, digested=False)
+
+    def interrupted(_size):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        local.digest_memory(lambda *_: None, interrupted)
+    opened(tmp_path).check()
+    assert not opened(tmp_path).digested
+
+
 def test_digesting_again_changes_nothing(tmp_path, local):
     digest = local.digest()
     again = opened(tmp_path)

@@ -214,14 +214,10 @@ class Hotstart:
 
     def repair(self, name: str, progress: Progress = no_progress) -> LocalSnapshot:
         """Replace the local copy of a snapshot by the store's, which is verified first. Raises Damaged if that is bad too."""
-        from hotstart.store.published import find_published, materialise, verify_published
+        from hotstart.store.published import materialise, verify_published
 
         verify_published(self.store, name, progress)
-        manifest = find_published(self.store, name).manifest
-        self.snapshots.remove(name)
-        for memory in manifest.memory:
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.snapshots.memory_root, memory.name))
+        self.snapshots.remove(name)  # memory files are replaced one by one: another snapshot may have them, too
         return materialise(name, self.store, self.snapshots, progress)
 
     def manifest(self, name: str) -> Manifest:

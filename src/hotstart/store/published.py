@@ -107,8 +107,10 @@ def materialise(name: str, store: Store, snapshots: LocalSnapshots, progress: Pr
             for file in found.manifest.files:
                 _lay_out_file(file, store, places, partial.folder, progress)
             for memory in found.manifest.memory:
-                path = os.path.join(snapshots.memory_root, memory.name)
-                made.append(path)
+                # A name is checked before it becomes a path: on failure what we made is removed, and nothing else ever.
+                path = os.path.join(snapshots.memory_root, _checked_memory_name(memory))
+                if not os.path.exists(path):  # else it is another snapshot's, too
+                    made.append(path)
                 with open(os.path.join(partial.folder, memory.index), "rb") as f:
                     _lay_out_memory(memory, f.read(), store, places, path, progress)
         except BaseException:
@@ -132,12 +134,16 @@ def _lay_out_file(file: File, store: Store, places: dict[str, Place], folder: st
             raise Damaged(f"{file.path} has {f.tell()} bytes instead of {file.size_bytes}")
 
 
+def _checked_memory_name(memory: MemoryFile) -> str:
+    memory_id, _, file = memory.name.partition("/")
+    if not memory_id.isalnum() or not file or "/" in file or "\0" in file or file.startswith("."):
+        raise Damaged(f"the snapshot names an odd memory file: {memory.name[:80]!r}")
+    return memory.name
+
+
 def _lay_out_memory(
     memory: MemoryFile, index: bytes, store: Store, places: dict[str, Place], path: str, progress: Progress
 ) -> None:
-    memory_id, _, file = memory.name.partition("/")
-    if not memory_id.isalnum() or "/" in file or file.startswith("."):
-        raise Damaged(f"the snapshot names an odd memory file: {memory.name[:80]!r}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     aside = f"{path}.aside"
     fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o444)
