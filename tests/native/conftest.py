@@ -12,6 +12,8 @@ from hotstart.adapters.linux.sandbox import LinuxSandbox
 from hotstart.snapshot.sandbox import Bind, SandboxSpec
 
 INSIDE = "/run/hotstart/mem/x"
+PROGRAMS = Path(__file__).parent / "programs"
+BINARIES = "/run/hotstart/programs"
 
 
 def wait_until(true, timeout_s=20.0):
@@ -22,21 +24,19 @@ def wait_until(true, timeout_s=20.0):
 
 
 class Box:
-    """A sandbox in a folder of its own, with a memory folder and a control folder that the program sees."""
+    """A sandbox in a folder of its own, with a memory folder that the program sees."""
 
     def __init__(self, folder, programs=None, binds=()):
         self.folder = Path(folder)
         self.boxes = []
         self.binds = list(binds)
-        for name in ("mem", "control", "images", "work"):
-            (self.folder / name).mkdir()
+        (self.folder / "mem").mkdir()
         if programs:
-            self.binds.append(Bind(str(programs), "/run/hotstart/programs"))
+            self.binds.append(Bind(str(programs), BINARIES))
 
     def start(self, *program, tag="w", environment=None, **fields):
         binds = (
             Bind(f"{self.folder}/mem", INSIDE),
-            Bind(f"{self.folder}/control", "/run/hotstart/control"),
             *self.binds,
         )
         path = f"{self.folder}/{tag}"
@@ -65,17 +65,13 @@ class Box:
         wait_until(lambda: "ready" in self.log or self.result)
         return self
 
-    def go(self):
-        (self.folder / "control" / "go").touch()
-        wait_until(lambda: self.result, 30)
-        assert self.result == "0\n", (self.result, self.log)
-
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
-    source = Path(__file__).parent / "programs" / "behaviour.c"
-    subprocess.run(["gcc", "-O2", "-pthread", "-o", folder / "behaviour", source], check=True)
+    compiler = [os.environ.get("CC", "cc"), "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    for source in PROGRAMS.glob("*.c"):
+        subprocess.run([*compiler, "-o", folder / source.stem, source], check=True)
     return folder
 
 

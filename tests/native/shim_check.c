@@ -135,6 +135,7 @@ static int in_child(int (*does)(void *), void *argument)
 	fflush(stdout);
 	pid_t pid = fork();
 	if (!pid) _exit(does(argument));
+	EXPECT(pid > 0);
 	EXPECT(waitpid(pid, &status, 0) == pid);
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 256 + status;
 }

@@ -1,181 +1,283 @@
-"""The fold, on programs that check themselves: whatever is done to them, they go on as if nothing had happened."""
+"""The fold against programs that verify themselves: whatever the kernel promised them before it, it still holds after it."""
 
 import os
 import re
-import signal
+import resource
 import subprocess
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from hotstart.adapters.criu.dumper import CriuDumper
-from hotstart.adapters.criu.program import LOG_FD, find_criu, why_it_failed
-from hotstart.adapters.linux.capture import LinuxFreezer, enter_command
+from hotstart.adapters.linux.capture import LinuxFreezer
+from hotstart.adapters.linux.fold import Fold
 from hotstart.adapters.linux.native import native_program
 from hotstart.errors import FoldRefused
-from tests.native.conftest import INSIDE
+from hotstart.snapshot.layout import UNFOLDED, lay_out, parse_smaps
+from tests.native.conftest import INSIDE, PROGRAMS
+from tests.native.subject import Subject, full_after
 
 pytestmark = pytest.mark.criu
 
-SOURCE = (Path(__file__).parent / "programs" / "behaviour.c").read_text()
-BEHAVIOURS = [name for name in re.findall(r"NAME\((\w+)\)", SOURCE) if name not in ("f", "in_vfork")]
-PROGRAM = "/run/hotstart/programs/behaviour"
-
-
-def freeze(box):
-    return LinuxFreezer().freeze(box.root, f"{box.folder}/mem", INSIDE)
-
-
-def fold(box, tag="a", release=True):
-    with freeze(box) as f:
-        folded = f.map_memory(lambda i: f"{tag}{i}.mem")
-        if release:
-            f.release()
-    return folded
-
-
-@pytest.mark.parametrize("name", BEHAVIOURS)
-def test_a_program_goes_on_after_it_was_folded(box, name):
-    box.start(PROGRAM, name).ready()
-    fold(box)
-    box.go()
-
-
-@pytest.mark.parametrize("name", BEHAVIOURS)
-def test_a_program_goes_on_after_it_was_folded_twice(box, name):
-    box.start(PROGRAM, name).ready()
-    fold(box)
-    fold(box, "b")
-    box.go()
-
-
-@pytest.mark.parametrize("name", BEHAVIOURS)
-def test_a_program_goes_on_after_every_undo(box, name):
-    box.start(PROGRAM, name).ready()
-    with freeze(box):
-        pass
-    fold(box, "b", release=False)
-    assert "b0.mem" not in os.listdir(f"{box.folder}/mem")
-    box.go()
-
-
-def kill(fold):
-    os.kill(fold._program.pid, signal.SIGKILL)
-    with suppress(OSError):  # orders that were never read
-        fold._orders.close()
-    fold.__exit__(None, None, None)
-
-
-@pytest.mark.parametrize("name", ["memory", "threads", "isolation", "leader_waits"])
-def test_a_program_goes_on_when_the_fold_is_killed_before_or_after_mapping(box, name):
-    box.start(PROGRAM, name).ready()
-    for i in range(4):
-        f = freeze(box)
-        if i % 2:
-            f.map_memory(lambda n, tag=i: f"k{tag}-{n}.mem")
-        kill(f)
-    box.go()
-
-
-@pytest.mark.long
-@pytest.mark.xfail(
-    reason="system calls made through the vdso, before the script's page is there and after", strict=False
+REFUSED = {
+    "memory-beyond_the_end": "copying its memory: Bad address",
+    "memory-sealed": "mapping its memory file: Operation not permitted",
+    "memory-no_descriptors": "cannot open .*: Too many open files",
+    "trees-long_vfork": r"cannot be stopped \(a parent in vfork\?\)",
+    "trees-shared_address_space": "share one memory",
+    "trees-debugged": "cannot be traced",
+    "trees-asynchronous_reads": "asynchronous I/O",
+    "trees-own_dispatch": "dispatches system calls itself",
+}
+NEEDS_THE_SHIM = ("memory-discarded",)
+RESTORED = (
+    "memory-heap",
+    "memory-sparse_mappings",
+    "memory-program_break",
+    "memory-protections",
+    "memory-copy_on_write",
+    "memory-churn",
+    "memory-discarded",
+    "memory-guards",
+    "threads-stacks",
+    "threads-hammers",
+    "threads-restartable_sequences",
+    "trees-sleeping_children",
+    "trees-in_flight",
 )
-@pytest.mark.parametrize("name", ["memory", "threads", "isolation", "leader_waits"])
-def test_a_program_goes_on_when_the_fold_is_killed_at_any_moment(box, name):
-    box.start(PROGRAM, name).ready()
-    for delay_ms in (0, 2, 5, 10, 20, 30, 45, 60):
-        f = freeze(box)
-        timer = threading.Timer(delay_ms / 1000, os.kill, (f._program.pid, signal.SIGKILL))
-        timer.start()
-        with suppress(FoldRefused, OSError):
-            f.map_memory(lambda i, tag=delay_ms: f"k{tag}-{i}.mem")
-        timer.join()
-        kill(f)
-        assert not box.result, (box.result, box.log)
-    box.go()
 
 
-def readable_private(pid):
-    found = {}
-    with open(f"/proc/{pid}/mem", "rb") as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            where, mode, *rest = line.split()
-            if mode[0] != "r" or mode[3] != "p" or (len(rest) > 3 and rest[3].startswith("[v")):
-                continue
-            start, end = (int(part, 16) for part in where.split("-"))
-            memory.seek(start)
-            data = memory.read(end - start)
-            for i in range(0, end - start, 4096):
-                found[start + i] = data[i : i + 4096]
-    return found
+def behaviours():
+    for source in sorted(PROGRAMS.glob("*.c")):
+        for behaviour in re.findall(r'\{"(\w+)", \w+\}', source.read_text()):
+            yield f"{source.stem}-{behaviour}"
 
 
-@pytest.mark.parametrize("release", [True, False], ids=["folded", "undone"])
-def test_every_readable_private_byte_is_the_same_afterwards(box, release):
-    box.start(PROGRAM, "memory").ready()
-    os.kill(box.root, signal.SIGSTOP)
-    time.sleep(0.05)
-    before = readable_private(box.root)
-    fold(box, release=release)
-    after = readable_private(box.root)
-    assert before.keys() <= after.keys()
-    pages = [page for page in before if before[page] != after[page]]
-    different = [page + i for page in pages for i in range(4096) if before[page][i] != after[page][i]]
-    assert len(different) <= 32  # the kernel's own: rseq(2) is registered again
-    assert not different or different[-1] - different[0] < 32
-    os.kill(box.root, signal.SIGCONT)
-    box.go()
+FOLDED = [b for b in behaviours() if b not in REFUSED]
 
 
-def test_a_parent_that_waits_in_vfork_is_refused_soon_and_goes_on(box):
-    box.start(PROGRAM, "in_vfork").ready()
-    began = time.monotonic()
-    with pytest.raises(FoldRefused, match="cannot be stopped"):
-        freeze(box)
-    assert time.monotonic() - began < 4
-    box.go()
+@pytest.fixture
+def subject(box):
+    return Subject(box)
 
 
-def test_a_process_that_is_traced_already_is_refused_and_goes_on(box):
-    box.start(PROGRAM, "memory").ready()
-    with freeze(box), pytest.raises(FoldRefused, match="cannot be traced"):
-        freeze(box)
-    box.go()
+def start(subject, behaviour, **fields):
+    if behaviour in NEEDS_THE_SHIM:
+        fields["environment"] = {"PATH": os.defpath, "LD_PRELOAD": native_program("libhotstart-shim.so")}
+    subject.start(*behaviour.split("-"), **fields)
 
 
-def test_a_full_disk_is_undone_and_named(box):
-    small = f"{box.folder}/mem"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], check=True)
+@pytest.mark.parametrize("behaviour", FOLDED)
+def test_a_fold_undone_made_and_made_again_is_not_noticed(subject, behaviour):
+    start(subject, behaviour)
+    with subject.freeze():
+        pass
+    if behaviour.startswith("memory-"):  # programs of one process that wait
+        subject.undo_fold_exactly()
+    subject.undo_fold()
+    subject.check()
+    subject.fold()
+    subject.check()
+    subject.fold()
+    subject.check()
+
+
+@pytest.mark.parametrize("behaviour", REFUSED)
+def test_what_cannot_be_folded_is_refused_soon_and_goes_on(subject, behaviour):
+    start(subject, behaviour)
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(FoldRefused, match=REFUSED[behaviour]):
+            subject.fold()
+        assert time.monotonic() - began < 5
+        assert os.listdir(f"{subject.box.folder}/mem") == []
+        subject.check()
+
+
+@pytest.mark.parametrize("behaviour", ["signals-flood", "signals-timers", "signals-stop_storm", "trees-orphans"])
+def test_many_folds_of_a_busy_program_lose_nothing(subject, behaviour):
+    start(subject, behaviour)
+    for i in range(12):
+        with subject.freeze() as frozen:
+            frozen.map_memory(subject.name_files())
+            if i % 3:
+                frozen.release()
+    subject.check()
+
+
+class Conversation:
+    """hotstart-fold itself, spoken to word by word."""
+
+    def __init__(self, subject):
+        self._folder = os.open(f"{subject.box.folder}/mem", os.O_RDONLY)
+        command = [native_program("hotstart-fold"), str(subject.box.root), str(self._folder), INSIDE, "2"]
+        self.program = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(self._folder,), text=True
+        )
+
+    def hear(self, last):
+        lines = []
+        for line in self.program.stdout:
+            lines.append(line.strip())
+            if line.startswith((last, "refused")):
+                break
+        return lines
+
+    def say(self, *lines):
+        self.program.stdin.write("".join(f"{line}\n" for line in lines))
+        self.program.stdin.flush()
+
+    def end(self):
+        with suppress(BrokenPipeError):  # orders that nobody read
+            self.program.stdin.close()
+        self.program.wait()
+        self.program.stdout.close()
+        os.close(self._folder)
+
+
+def orders(pid, name):
+    with open(f"/proc/{pid}/smaps", "rb") as f:
+        layout = lay_out(parse_smaps(f.read()))
+    yield f"process {pid} {name} {layout.size_bytes:x}"
+    for p in layout.placed:
+        area = f"{p.area.start:x} {p.area.end:x} {p.offset:x} {p.protection_bits:x}"
+        yield f"area {area} {int(p.whole)} {p.advice}"
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    ["threads-hammers", "threads-registers_of_the_first", "signals-waiting_calls", "trees-in_flight", "memory-churn"],
+)
+def test_a_fold_that_is_killed_at_any_moment_leaves_a_program_that_goes_on(subject, behaviour):
+    start(subject, behaviour)
+    for i in range(20):
+        talk = Conversation(subject)
+        pids = [int(line.split()[1]) for line in talk.hear("frozen") if line.startswith("process")]
+        if i:
+            talk.say(*(order for k, pid in enumerate(pids) for order in orders(pid, f"killed-{i}-{k}.mem")), "go")
+            for _ in pids:
+                talk.program.stdout.readline()  # copied: from here on the processes are changed, within a millisecond
+            time.sleep(0.00005 * i if i < 19 else 0.2)
+        talk.program.kill()
+        talk.end()
+        time.sleep(0.005)  # who is killed leaves the process to recover, which takes a moment
+    subject.check()
+    subject.fold()
+    subject.check()
+
+
+@pytest.mark.parametrize("stage", ["at once", "frozen", "half the orders", "go", "copied", "folded", "something else"])
+def test_the_end_of_the_orders_undoes_everything_at_every_step(subject, stage):
+    start(subject, "threads-hammers")
+    talk = Conversation(subject)
+    if stage != "at once":
+        pid = int(talk.hear("frozen")[0].split()[1])
+        all_orders = list(orders(pid, "x.mem"))
+        if stage == "half the orders":
+            talk.say(*all_orders[: len(all_orders) // 2])
+        elif stage != "frozen":
+            talk.say(*all_orders, "go")
+        if stage in ("copied", "folded", "something else"):
+            talk.hear("copied" if stage == "copied" else "folded")
+        if stage == "something else":
+            talk.say("releas")
+    talk.end()
+    assert os.listdir(f"{subject.box.folder}/mem") == []
+    subject.check()
+    subject.fold()
+    subject.check()
+
+
+@pytest.mark.parametrize("order", ["proces 1 x 10", "process 1 x.mem 10", "area 1000 2000 0 3 0 -1", "go on", "\x01"])
+def test_orders_that_make_no_sense_are_refused(subject, order):
+    start(subject, "memory-heap")
+    talk = Conversation(subject)
+    talk.hear("frozen")
+    talk.say(order)
+    assert talk.hear("refused")[-1].startswith("refused order not understood")
+    talk.end()
+    subject.check()
+
+
+def test_whoever_speaks_and_vanishes_while_it_answers_leaves_a_program_that_goes_on(subject):
+    start(subject, "threads-hammers")
+    for _ in range(3):
+        talk = Conversation(subject)
+        pid = int(talk.hear("frozen")[0].split()[1])
+        talk.say(*orders(pid, "x.mem"), "go")
+        talk.program.stdout.close()  # a broken pipe must not end it in the middle
+        talk.end()
+        subject.check()
+    assert os.listdir(f"{subject.box.folder}/mem") == []
+
+
+def test_what_is_being_folded_cannot_be_folded(subject):
+    start(subject, "memory-heap")
+    with subject.freeze(), pytest.raises(FoldRefused, match="cannot be traced"):
+        subject.freeze()
+    subject.check()
+
+
+def test_freezing_tells_the_shim_that_there_may_be_folded_areas(subject):
+    start(subject, "memory-heap")
+    mark = Path(f"/proc/{subject.box.root}/root{UNFOLDED}")
+    mark.touch()
+    with LinuxFreezer().freeze(subject.box.root, f"{subject.box.folder}/mem", INSIDE):
+        assert not mark.exists()
+
+
+def test_there_is_nothing_to_freeze_where_no_process_is(tmp_path):
+    with pytest.raises(FoldRefused, match="there is no process"):
+        Fold(2**22 - 1, str(tmp_path), INSIDE, 1)
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_tree_is_undone_everywhere(subject):
+    with full_after(f"{subject.box.folder}/mem", 6 << 20):
+        start(subject, "trees-sleeping_children")
+        for _ in range(2):
+            with pytest.raises(FoldRefused, match="No space left on device"):
+                subject.fold()
+            assert os.listdir(f"{subject.box.folder}/mem") == []
+            subject.check()
+        subject.box.box.kill()
+
+
+def test_a_limit_on_file_sizes_is_a_reason_and_not_a_death(subject):
+    start(subject, "memory-heap")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
     try:
-        box.start(PROGRAM, "memory").ready()
-        with pytest.raises(FoldRefused, match="No space left"):
-            fold(box)
-        assert os.listdir(small) == []
-        box.go()
+        with pytest.raises(FoldRefused, match="memory file: File too large"):
+            subject.fold()
     finally:
-        box.box.kill()
-        subprocess.run(["umount", small], check=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    subject.check()
 
 
-@pytest.mark.parametrize("name", ["memory", "threads", "isolation", "churn", "brk_grows", "deep_tree"])
-def test_a_replica_goes_on_where_the_folded_program_stood(box, name):
-    shim = {"PATH": os.defpath, "LD_PRELOAD": native_program("libhotstart-shim.so")}
-    box.start(PROGRAM, name, environment=shim).ready()
-    log_pipe = box.box.log_pipe
-    fold(box)
-    criu = find_criu()
-    CriuDumper(criu, enter_command, 1000, ()).dump(box.box.init_pid, f"{box.folder}/images", lambda: None)
-    box.box.kill()
-    fds = tuple(os.open(f"{box.folder}/{n}", os.O_RDONLY) for n in ("images", "work"))
+def test_a_memory_file_can_be_read_by_any_user_whatever_the_umask(subject):
+    start(subject, "memory-heap")
+    before = os.umask(0o077)
     try:
-        box.start(*criu.restore_command(*fds, log_pipe), tag="r", restored_log_fd=LOG_FD, keep_fds=fds)
-    except Exception as e:
-        pytest.fail(f"{e}: {why_it_failed(f'{box.folder}/work/restore.log')}")
+        subject.fold()
     finally:
-        for fd in fds:
-            os.close(fd)
-    box.go()
+        os.umask(before)
+    assert (Path(subject.box.folder) / "mem" / "1-0.mem").stat().st_mode & 0o777 == 0o444
+
+
+@pytest.mark.parametrize("behaviour", RESTORED)
+def test_a_replica_of_a_folded_program_goes_on(subject, behaviour):
+    start(subject, behaviour)
+    subject.check()
+    subject.fold()
+    subject.checkpoint()
+    subject.check()
+    for _ in range(2):
+        subject.restore()
+        subject.check()
+        subject.check()
+    subject.fold()  # replicas can be folded and checkpointed in their turn
+    subject.check()
+    subject.checkpoint()
+    subject.restore()
+    subject.check()

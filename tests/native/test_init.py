@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import socket
 import struct
@@ -10,11 +11,15 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
+from hotstart.adapters.linux.filepack import write_file_pack
 from hotstart.adapters.linux.sandbox import dial
+from hotstart.errors import HotstartError
 from tests.native.conftest import wait_until
+from tests.native.subject import full_after
 
 pytestmark = pytest.mark.criu
 
@@ -167,3 +172,120 @@ def test_killing_the_starter_ends_the_sandbox(tmp_path):
         assert os.path.exists(f"/proc/{init_pid}")
         starter.kill()
     wait_until(lambda: not os.path.exists(f"/proc/{init_pid}"), 5)
+
+
+SERVERS = """
+import socket, sys, threading, time
+def serve(c):
+    n = int.from_bytes(c.recv(8), "big")
+    block = bytes(range(256)) * 256
+    while n > 0:
+        n -= c.send(block[:min(n, len(block))])
+    c.close()
+s = socket.create_server(("127.0.0.1", 8000), backlog=1024)
+print("ready", flush=True)
+while True: threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+"""
+
+
+def test_a_client_that_never_reads_keeps_nobody_waiting_and_a_slow_one_gets_everything(box):
+    python(box, SERVERS).ready()
+    with door(box) as never, door(box) as slow, door(box) as quick:
+        for s, size in ((never, 50 << 20), (slow, 4 << 20), (quick, 20 << 20)):
+            s.sendall(size.to_bytes(8, "big"))
+        size = receive_all(quick)[1]
+        assert size == 20 << 20
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        received = b""
+        while data := slow.recv(100_000):
+            received += data
+            time.sleep(0.001)
+        assert received == bytes(range(256)) * (4 << 12)
+
+
+def test_a_published_port_reaches_the_program_over_ipv6_inside_too(box):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        box.start(
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            ECHO.replace('("127.0.0.1", 8000)', '("::1", 8000), family=socket.AF_INET6'),
+            listeners=((listener, 8000),),
+        ).ready()
+        with socket.create_connection(listener.getsockname(), 10) as s:
+            s.sendall(b"hello")
+            s.shutdown(socket.SHUT_WR)
+            assert s.recv(100) == b"hello"
+            assert s.recv(100) == b""
+
+
+def test_a_port_on_which_nobody_listens_is_an_early_end(box):
+    python(box, "import time; print('ready', flush=True); time.sleep(60)").ready()
+    for _ in range(400):  # also: more ends in one go than were ever counted on
+        with door(box) as s, suppress(ConnectionResetError):
+            assert s.recv(1) == b""
+
+
+def test_more_connections_than_descriptors_wait_their_turn_without_costing_processor_time(box):
+    python(box, ECHO).ready()
+    resource.prlimit(box.box.init_pid, resource.RLIMIT_NOFILE, (40, 40))
+    connections = [door(box) for _ in range(60)]
+    before = ticks(box.box.init_pid)
+    time.sleep(0.5)
+    assert ticks(box.box.init_pid) - before < 20
+    for i, s in enumerate(connections):
+        with s:
+            s.sendall(b"%d" % i)
+            assert s.recv(100) == b"%d" % i
+
+
+def test_a_log_that_finds_no_room_does_not_hold_the_program_up(box):
+    full = box.folder / "full"
+    full.mkdir()
+    (box.folder / "w.log").symlink_to(full / "log")
+    with full_after(str(full), 1 << 20):
+        box.start("sh", "-c", "head -c 5000000 /dev/zero | tr '\\0' x; exit 4")
+        wait_until(lambda: box.result)
+        assert box.result == f"{4 << 8}\n"
+        assert set(box.log) == {"x"}
+        box.box.kill()
+
+
+def test_a_program_that_floods_its_log_does_not_keep_others_from_being_served(box):
+    (box.folder / "w.log").symlink_to(os.devnull)
+    flood = (
+        "import os, threading\ndef f():\n while True: os.write(1, b'y' * 65536)\nthreading.Thread(target=f).start()\n"
+    )
+    python(box, flood + ECHO)
+    began, answer = time.monotonic(), b""
+    while not answer and time.monotonic() < began + 10:
+        with door(box) as s, suppress(ConnectionError):
+            s.sendall(b"hello")
+            answer = s.recv(100)
+    assert answer == b"hello"
+    os.kill(box.root, signal.SIGKILL)
+    wait_until(lambda: box.result)
+    assert box.result == f"{signal.SIGKILL.value}\n"
+
+
+def test_a_program_that_cannot_be_started_is_named(box):
+    with pytest.raises(HotstartError, match="/no/such/program: No such file or directory"):
+        box.start("/no/such/program").box.wait_for("exit", 5)
+
+
+def test_a_restore_that_fails_is_told_from_one_that_succeeds(box):
+    with pytest.raises(HotstartError, match="failed 3"):
+        box.start("sh", "-c", "exit 3", restored_log_fd=1023)
+
+
+def test_a_file_from_before_1970_is_laid_out_with_its_time(box, tmp_path):
+    source = tmp_path / "source" / "tmp"
+    source.mkdir(parents=True)
+    (source / "old").write_text("old")
+    os.utime(source / "old", ns=(0, -1_500_000_001))
+    with open(tmp_path / "pack", "wb") as f:
+        write_file_pack(f, str(tmp_path / "source"), ("/tmp",), frozenset())
+    box.start("sh", "-c", "stat -c %.9Y /tmp/old; cat /tmp/old", file_pack=str(tmp_path / "pack"))
+    wait_until(lambda: box.result)
+    assert box.log == "-1.500000001\nold"

@@ -93,7 +93,8 @@ static int filepack_unpack(int fd, char *problem, size_t problem_bytes)
 		default: goto torn;
 		}
 		if (!bad && r.type != 'H') {
-			struct timespec times[2] = {{0, UTIME_OMIT}, {r.mtime_ns / 1000000000, r.mtime_ns % 1000000000}};
+			int64_t ns = (r.mtime_ns % 1000000000 + 1000000000) % 1000000000; /* before 1970 it is negative */
+			struct timespec times[2] = {{0, UTIME_OMIT}, {(r.mtime_ns - ns) / 1000000000, ns}};
 			if (r.uid || r.gid) bad = lchown(path, r.uid, r.gid);
 			if (!bad && r.type != 'L') bad = chmod(path, r.mode);
 			if (!bad && r.type == 'F') bad = utimensat(AT_FDCWD, path, times, AT_SYMLINK_NOFOLLOW);

@@ -15,17 +15,19 @@
  * or, at any point, "< refused REASON", with every process as it was. End of file before "release" means undo.
  *
  * Undo is exact and cheap because the old areas are not replaced but moved aside (mremap moves page tables, not pages) and
- * moved back on failure. System calls are made in one stopped thread of the process, by a script in a page of its own.
- * Nothing of that raises a signal: a trap would reset a handler that ignores SIGTRAP, or be mistaken for one that waits.
+ * moved back on failure. System calls are made in one stopped thread of the process, by code that lies where the vDSO's
+ * mapping is padding. Nothing of that raises a signal: a trap would reset a handler that ignores SIGTRAP, or be mistaken for
+ * one that waits.
  *
- * If this program is killed, the kernel lets every thread go on from where it stands. Therefore the script looks, before it
- * touches an area, whether we still hold a lock that the kernel drops with us, and ends by restoring the thread's registers
- * itself: areas that were moved have the same contents as those that were not. What stays behind is address space. Not
- * covered are the two calls that bring in the script's page, the one that removes it, and one area in flight: a fraction of a
- * millisecond for each process; of programs whose fold was killed at random moments, some were lost (tests/native/test_fold.py).
+ * If this program is killed, the kernel lets every thread go on from where it stands. Therefore the thread that makes our
+ * calls always stands in front of code that restores it, and before each area it looks whether we still hold a lock that the
+ * kernel drops with us: areas that were moved have the same contents as those that were not. What stays behind is address
+ * space and a word of padding. Not covered is one area in flight, if the thread is preempted in it; and, where the vDSO has
+ * no room, a fraction of a millisecond for each process (bring_in_code).
  */
 #define _GNU_SOURCE
 #include <dirent.h>
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
@@ -56,7 +58,7 @@
 
 #define HUGE_BYTES (2UL << 20)
 #define PAGE 4096UL
-enum { STOP_TIMEOUT_MS = 2000, USER_64_BIT = 0x33, RSEQ_UNREGISTER = 1, RESTART_WITHOUT_HANDLER = 514 };
+enum { STOP_TIMEOUT_MS = 2000, FREEZE_TIMEOUT_MS = 10000, USER_64_BIT = 0x33, RSEQ_UNREGISTER = 1, RESTART_WITHOUT_HANDLER = 514 };
 
 /* linux/fs.h of Debian 12 is older than PAGEMAP_SCAN (kernel 6.7, Documentation/admin-guide/mm/pagemap.rst). */
 struct scan_region { uint64_t start, end, categories; };
@@ -70,11 +72,11 @@ enum { ADVICE_GUARD_INSTALL = 102 }; /* kernel 6.13; 6.15 for files, which is al
 
 /* linux/ptrace.h clashes with sys/ptrace.h (kernel 6.4). */
 struct sud_config { uint64_t mode, selector, offset, length; };
-enum { GET_SYSCALL_USER_DISPATCH = 0x4210 };
+enum { GET_SYSCALL_USER_DISPATCH = 0x4211 };
 
 struct span { uint64_t start, end; };
 struct area { uint64_t start, end, offset, aside; int prot, whole, advice; };
-struct job { uint64_t address, bytes, offset; };
+struct job { size_t first, count; uint64_t offset; }; /* spans that are read together and written at once */
 struct process {
 	pid_t pid, injector;             /* injector: the stopped thread that makes our system calls */
 	pid_t *threads;
@@ -85,18 +87,24 @@ struct process {
 	size_t n_areas, cap_areas;
 	struct span *guards;             /* lightweight guard regions in the areas: not read, made again */
 	size_t n_guards, cap_guards;
+	struct span *spans;              /* what is copied */
+	size_t n_spans, cap_spans;
 	struct job *jobs;
 	size_t n_jobs, cap_jobs;
 	uint64_t copied_bytes, next_job;
+	int ended;                       /* all of it: what children it had are others' now */
 	int file, memory, failed;        /* memory: /proc/PID/mem; failed: errno of a copying thread */
-	int64_t inside_file;             /* 1 + its descriptor of the file; open while scripts run: through it they see us gone */
+	int has_file;                    /* the process has the file open: through it scripts see that we are gone */
+	int64_t inside_file;
 	int injecting;                   /* the injector's registers and mask are not its own */
 	struct user_regs_struct saved;
 	struct __ptrace_rseq_configuration rseq;
-	uint64_t mask, vdso_syscall, script, script_bytes, aside, aside_bytes;
+	uint64_t mask, vdso_syscall, vdso_room, code, table, table_bytes, aside, aside_bytes;
+	uint64_t covered[128];           /* what the code lies upon; in a page of its own (code == own_page) nothing */
+	uint64_t own_page;
 };
 
-static struct process **processes;
+static struct process **processes, *by_pid[1 << 22]; /* 4194304: the kernel's PID_MAX_LIMIT */
 static size_t n_processes, cap_processes;
 static int folder;
 static const char *inside;
@@ -135,24 +143,24 @@ static void refuse_if_abandoned(void)
 enum after { ON_SUCCESS, ALWAYS, ON_FAILURE }; /* when to go on with the next call */
 struct call { int64_t number, a, b, c, d, e, f, go_on; }; /* number becomes the result; a negative number ends the script */
 
-/* What the script knows; it follows the page with its code. Offsets appear in the code. */
-struct context {
-	struct user_regs_struct regs;    /* where the thread goes on if we are gone */
-	uint64_t done, mask, file;
+/* What the code knows. It lies right behind the code, is written by us and only read there. */
+struct knowledge {
+	struct user_regs_struct regs;    /* where the thread goes on if we are gone; offsets as in the code */
+	uint64_t mask;
+	int64_t file;
 	struct flock lock;
-	uint64_t stack[4];
-	struct call farewell[3];         /* what it does before it goes on alone */
-	struct call calls[];
+	uint64_t rseq, rseq_bytes, rseq_signature;
 };
-_Static_assert(offsetof(struct context, done) == 216 && offsetof(struct context, mask) == 224 &&
-	       offsetof(struct context, file) == 232 && offsetof(struct context, lock) == 240 &&
-	       offsetof(struct context, stack) == 272 && offsetof(struct context, farewell) == 304, "the script's offsets");
-_Static_assert(SYS_fcntl == 72 && F_OFD_SETLKW == 38 && SYS_rt_sigprocmask == 14 && SIG_SETMASK == 2, "the script's calls");
+_Static_assert(offsetof(struct knowledge, mask) == 216 && offsetof(struct knowledge, file) == 224 &&
+	       offsetof(struct knowledge, lock) == 232 && offsetof(struct knowledge, rseq) == 264, "the offsets in the code");
+_Static_assert(SYS_fcntl == 72 && F_OFD_SETLKW == 38 && SYS_rt_sigprocmask == 14 && SIG_SETMASK == 2 && SYS_close == 3 &&
+	       SYS_rseq == 334, "the calls in the code");
 
-#define AT(offset) "script_code + 4096 + " #offset "(%rip)"
+#define KNOWN(offset) "known + " #offset "(%rip)"
 __asm__(".pushsection .rodata\n"
-	"script_code:\n"
-	"1:	mov (%r12), %rax\n"
+	".balign 8\n"
+	"code_begins:\n"
+	"1:	mov (%r12), %rax\n"          /* run the calls from r12 on */
 	"	test %rax, %rax\n"
 	"	js 2f\n"
 	"	mov 8(%r12), %rdi\n"
@@ -172,53 +180,69 @@ __asm__(".pushsection .rodata\n"
 	"	seta %al\n"
 	"	cmp %cl, %al\n"
 	"	je 1b\n"
-	"2:	test %r13, %r13\n"
-	"	jnz 4f\n"
-	"	movq $1, " AT(216) "\n"
+	"2:	movq $1, (%r14)\n"           /* done */
 	"3:	mov $72, %eax\n"             /* fcntl(file, F_OFD_SETLKW, &lock) returns 0 when we are gone */
-	"	mov " AT(232) ", %rdi\n"
+	"	mov " KNOWN(224) ", %rdi\n"
 	"	mov $38, %esi\n"
-	"	lea " AT(240) ", %rdx\n"
+	"	lea " KNOWN(232) ", %rdx\n"
 	"	syscall\n"
 	"	test %rax, %rax\n"
 	"	jnz 3b\n"
-	"	jmp script_farewell\n"
-	"script_call:\n"                     /* a single call with the registers that we set */
+	"	jmp code_farewell\n"
+	"code_call:\n"                       /* a single call with the registers that we set */
 	"	syscall\n"
-	"script_farewell:\n"
-	"	mov $1, %r13d\n"
-	"	lea " AT(304) ", %r12\n"
-	"	jmp 1b\n"
-	"4:	lea " AT(296) ", %rsp\n"
-	"	pushq " AT(144) "\n"
-	"	popfq\n"
-	"	mov $14, %eax\n"             /* rt_sigprocmask(SIG_SETMASK, &mask, 0, 8); none of these touches the flags */
+	"code_farewell:\n"                   /* we are gone */
+	"	mov " KNOWN(264) ", %rdi\n"
+	"	test %rdi, %rdi\n"
+	"	jz 4f\n"
+	"	mov $334, %eax\n"            /* rseq(area, bytes, 0, signature): fails if it never was unregistered */
+	"	mov " KNOWN(272) ", %rsi\n"
+	"	xor %edx, %edx\n"
+	"	mov " KNOWN(280) ", %r10\n"
+	"	syscall\n"
+	"4:	mov " KNOWN(224) ", %rdi\n"
+	"	test %rdi, %rdi\n"
+	"	js 5f\n"
+	"	mov $3, %eax\n"              /* close(file) */
+	"	syscall\n"
+	"5:	mov " KNOWN(152) ", %rsp\n"
+	"	mov $14, %eax\n"             /* rt_sigprocmask(SIG_SETMASK, &mask, 0, 8) */
 	"	mov $2, %edi\n"
-	"	lea " AT(224) ", %rsi\n"
-	"	mov $0, %edx\n"
+	"	lea " KNOWN(216) ", %rsi\n"
+	"	xor %edx, %edx\n"
 	"	mov $8, %r10d\n"
-	"	mov " AT(152) ", %rsp\n"
 	"	syscall\n"
-	"	mov " AT(0) ", %r15\n"
-	"	mov " AT(8) ", %r14\n"
-	"	mov " AT(16) ", %r13\n"
-	"	mov " AT(24) ", %r12\n"
-	"	mov " AT(32) ", %rbp\n"
-	"	mov " AT(40) ", %rbx\n"
-	"	mov " AT(48) ", %r11\n"
-	"	mov " AT(56) ", %r10\n"
-	"	mov " AT(64) ", %r9\n"
-	"	mov " AT(72) ", %r8\n"
-	"	mov " AT(80) ", %rax\n"
-	"	mov " AT(88) ", %rcx\n"
-	"	mov " AT(96) ", %rdx\n"
-	"	mov " AT(104) ", %rsi\n"
-	"	mov " AT(112) ", %rdi\n"
-	"	jmp *" AT(128) "\n"
+	"	mov " KNOWN(144) ", %ecx\n"  /* the flags that the above changed: without a stack, which may have no room */
+	"	mov %ecx, %eax\n"
+	"	shr $11, %eax\n"
+	"	and $1, %eax\n"
+	"	mov %cl, %ah\n"
+	"	add $127, %al\n"             /* overflows if the flag was set */
+	"	sahf\n"
+	"	mov " KNOWN(0) ", %r15\n"
+	"	mov " KNOWN(8) ", %r14\n"
+	"	mov " KNOWN(16) ", %r13\n"
+	"	mov " KNOWN(24) ", %r12\n"
+	"	mov " KNOWN(32) ", %rbp\n"
+	"	mov " KNOWN(40) ", %rbx\n"
+	"	mov " KNOWN(48) ", %r11\n"
+	"	mov " KNOWN(56) ", %r10\n"
+	"	mov " KNOWN(64) ", %r9\n"
+	"	mov " KNOWN(72) ", %r8\n"
+	"	mov " KNOWN(80) ", %rax\n"
+	"	mov " KNOWN(88) ", %rcx\n"
+	"	mov " KNOWN(96) ", %rdx\n"
+	"	mov " KNOWN(104) ", %rsi\n"
+	"	mov " KNOWN(112) ", %rdi\n"
+	"	jmp *" KNOWN(128) "\n"
 	"	.balign 8\n"
-	"script_code_end:\n"
+	"known:\n"
 	".popsection\n");
-extern const char script_code[], script_call[], script_code_end[];
+extern const char code_begins[], code_call[], code_farewell[], known[];
+#define CODE_BYTES ((size_t)(known - code_begins))
+#define ALL_BYTES (CODE_BYTES + sizeof(struct knowledge))
+
+struct table { uint64_t done; struct call calls[]; }; /* in memory that the process may write to */
 
 /* ---- stops ---------------------------------------------------------------------------------------------------- */
 
@@ -265,7 +289,7 @@ static int resume_until(struct process *p, int request, enum stop wanted)
 static int64_t one_call(struct process *p, int64_t number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, int64_t e)
 {
 	struct user_regs_struct r = p->saved;
-	r.rip = p->script ? p->script + (uint64_t)(script_call - script_code) : p->vdso_syscall;
+	r.rip = p->code ? p->code + (uint64_t)(code_call - code_begins) : p->vdso_syscall;
 	r.rax = (uint64_t)number;
 	r.rdi = a; r.rsi = b; r.rdx = c; r.r10 = d; r.r8 = (uint64_t)e; r.r9 = 0;
 	r.orig_rax = (uint64_t)-1; /* else the kernel would restart the interrupted call now instead of at the end */
@@ -286,7 +310,21 @@ static int read_from(struct process *p, uint64_t address, void *data, size_t byt
 	return process_vm_readv(p->injector, &local, 1, &remote, 1, 0) == (ssize_t)bytes ? 0 : -1;
 }
 
-static int find_vdso_syscall(struct process *p)
+/* Where a program's segments end in the vDSO's image; what follows in its last page is for debuggers, or nothing. */
+static size_t end_of_segments(const unsigned char *image, size_t bytes)
+{
+	const Elf64_Ehdr *header = (const Elf64_Ehdr *)image;
+	size_t end = 0;
+	if (bytes < sizeof *header || memcmp(image, ELFMAG, SELFMAG) || header->e_phentsize != sizeof(Elf64_Phdr)) return bytes;
+	for (size_t i = 0; i < header->e_phnum; i++) {
+		const Elf64_Phdr *segment = (const Elf64_Phdr *)(image + header->e_phoff) + i;
+		if ((const unsigned char *)(segment + 1) > image + bytes) return bytes;
+		if (segment->p_offset + segment->p_filesz > end) end = segment->p_offset + segment->p_filesz;
+	}
+	return end;
+}
+
+static int look_at_vdso(struct process *p)
 {
 	char path[64], line[512];
 	unsigned long start = 0, end = 0;
@@ -299,12 +337,14 @@ static int find_vdso_syscall(struct process *p)
 		if (strstr(line, "[vdso]")) sscanf(line, "%lx-%lx", &start, &end);
 	}
 	fclose(f);
-	unsigned char text[4 * PAGE];
-	size_t bytes = end - start < sizeof text ? end - start : sizeof text;
+	static unsigned char image[8 * PAGE];
+	size_t bytes = end - start;
 	errno = ENOEXEC;
-	if (!start || read_from(p, start, text, bytes)) return -1;
+	if (!start || bytes > sizeof image || read_from(p, start, image, bytes)) return -1;
+	if (end_of_segments(image, bytes) + ALL_BYTES + 8 <= bytes && ALL_BYTES <= sizeof p->covered)
+		p->vdso_room = (end - ALL_BYTES) & -8UL;
 	for (size_t i = 0; i + 1 < bytes; i++)
-		if (text[i] == 0x0f && text[i + 1] == 0x05) { p->vdso_syscall = start + i; return 0; }
+		if (image[i] == 0x0f && image[i + 1] == 0x05) { p->vdso_syscall = start + i; return 0; }
 	return -1;
 }
 
@@ -338,23 +378,53 @@ static struct user_regs_struct as_restarted(struct user_regs_struct r)
 	return r;
 }
 
-static int write_context(struct process *p, int64_t file)
+/* Writes as a debugger does, for whom no page is read-only. What is written has a length that is a multiple of eight. */
+static int poke(struct process *p, uint64_t at, const void *data, size_t bytes)
 {
-	struct context c = {.regs = as_restarted(p->saved), .mask = p->mask, .file = (uint64_t)file,
-			    .lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_len = 1}};
-	struct call *say = c.farewell;
-	if (p->rseq.rseq_abi_pointer)
-		*say++ = (struct call){SYS_rseq, (int64_t)p->rseq.rseq_abi_pointer, p->rseq.rseq_abi_size, 0,
-				       p->rseq.signature, 0, 0, ALWAYS};
-	if (file >= 0) *say++ = (struct call){SYS_close, file, 0, 0, 0, 0, 0, ALWAYS};
-	say->number = -1;
-	return write_to(p, p->script + PAGE, &c, sizeof c);
+	for (size_t i = 0; i < bytes; i += 8) {
+		uint64_t word;
+		memcpy(&word, (const char *)data + i, 8);
+		if (ptrace(PTRACE_POKEDATA, p->injector, at + i, word)) return -1;
+	}
+	return 0;
 }
 
-static int write_code(struct process *p, uint64_t at) /* as a debugger does: the page is never writable */
+static int know_file(struct process *p, int64_t file)
 {
-	for (size_t i = 0; i < (size_t)(script_code_end - script_code); i += 8)
-		if (ptrace(PTRACE_POKEDATA, p->injector, at + i, *(const uint64_t *)(script_code + i))) return -1;
+	return poke(p, p->code + CODE_BYTES + offsetof(struct knowledge, file), &file, sizeof file);
+}
+
+static int write_code(struct process *p, uint64_t at)
+{
+	struct knowledge k = {.regs = as_restarted(p->saved), .mask = p->mask, .file = -1,
+			      .lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_len = 1},
+			      .rseq = p->rseq.rseq_abi_pointer, .rseq_bytes = p->rseq.rseq_abi_size,
+			      .rseq_signature = p->rseq.signature};
+	return poke(p, at, code_begins, CODE_BYTES) || poke(p, at + CODE_BYTES, &k, sizeof k) ? -1 : 0;
+}
+
+/* Brings our code in and lets the thread stand in it, with all signals blocked. Where the vDSO has no room it gets a page of
+ * its own, by a call that stands in front of the vDSO's code and not of ours: being killed there costs the process its life. */
+static int bring_in_code(struct process *p)
+{
+	uint64_t everything = ~0UL;
+	struct user_regs_struct r = p->saved;
+	if (p->vdso_room) {
+		if (read_from(p, p->vdso_room, p->covered, ALL_BYTES) || write_code(p, p->vdso_room)) return -1;
+		p->code = p->vdso_room;
+		p->injecting = 1;
+		r.rip = p->code + (uint64_t)(code_farewell - code_begins);
+		r.orig_rax = (uint64_t)-1;
+		return ptrace(PTRACE_SETREGS, p->injector, 0, &r) || ptrace(PTRACE_SETSIGMASK, p->injector, 8, &everything) ? -1 : 0;
+	}
+	p->injecting = 1;
+	if (ptrace(PTRACE_SETSIGMASK, p->injector, 8, &everything)) return -1;
+	/* Never writable and executable, not even one after the other: prctl(PR_SET_MDWE) forbids that. */
+	int64_t at = one_call(p, SYS_mmap, 0, PAGE, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	if (at < 0) { errno = (int)-at; return -1; }
+	p->own_page = (uint64_t)at;
+	if (write_code(p, p->own_page)) return -1;
+	p->code = p->own_page;
 	return 0;
 }
 
@@ -387,45 +457,38 @@ static const char *why_not_inject(struct process *p)
 
 static int begin_injection(struct process *p, size_t n_calls)
 {
-	uint64_t everything = ~0UL;
 	if (ptrace(PTRACE_GETREGS, p->injector, 0, &p->saved)) return -1;
 	const char *reason = why_not_inject(p);
 	if (reason) refuse("process %d: %s", p->pid, reason);
-	if (find_vdso_syscall(p)) return -1;
+	if (look_at_vdso(p)) return -1;
+	if (p->vdso_room && p->saved.rip - p->vdso_room < ALL_BYTES)
+		refuse("process %d: has not yet recovered from a fold that was killed: try again", p->pid);
 	if (ptrace(PTRACE_GETSIGMASK, p->injector, 8, &p->mask)) return -1;
 	leave_rseq(p);
-	p->injecting = 1;
-	if (ptrace(PTRACE_SETSIGMASK, p->injector, 8, &everything)) return -1;
-	p->script_bytes = PAGE + (sizeof(struct context) + (n_calls + 1) * sizeof(struct call) + PAGE - 1) / PAGE * PAGE;
-	int64_t at = one_call(p, SYS_mmap, 0, p->script_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
-	if (at < 0) { errno = (int)-at; return -1; }
-	/* Never writable and executable, not even one after the other: prctl(PR_SET_MDWE) forbids that. */
-	int64_t r = one_call(p, SYS_mmap, (uint64_t)at, PAGE, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1);
-	int written = r < 0 ? -1 : write_code(p, (uint64_t)at);
-	if (written) {
-		int reason_code = r < 0 ? (int)-r : errno;
-		one_call(p, SYS_munmap, (uint64_t)at, p->script_bytes, 0, 0, 0);
-		errno = reason_code;
-		return -1;
-	}
-	p->script = (uint64_t)at;
-	if (write_context(p, -1)) return -1;
+	if (bring_in_code(p)) return -1;
+	p->table_bytes = (sizeof(struct table) + (n_calls + 1) * sizeof(struct call) + PAGE - 1) & -PAGE;
+	int64_t r = one_call(p, SYS_mmap, 0, p->table_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	if (r < 0) { errno = (int)-r; return -1; }
+	p->table = (uint64_t)r;
 	r = set_rseq(p, RSEQ_UNREGISTER);
-	if (r < 0) { p->rseq.rseq_abi_pointer = 0; errno = (int)-r; return -1; }
+	if (r < 0) { errno = (int)-r; return -1; }
 	return 0;
 }
 
 static void end_injection(struct process *p)
 {
 	if (!p->injecting) return;
-	if (p->script) {
-		uint64_t script = p->script;
-		set_rseq(p, 0);
-		p->script = 0; /* the call that removes it cannot be made in it */
-		one_call(p, SYS_munmap, script, p->script_bytes, 0, 0, 0);
+	if (p->code) set_rseq(p, 0); /* fails if it never was unregistered */
+	if (p->table) one_call(p, SYS_munmap, p->table, p->table_bytes, 0, 0, 0);
+	uint64_t code = p->code;
+	if (p->own_page) {
+		p->code = 0; /* the call that removes it cannot be made in it */
+		one_call(p, SYS_munmap, p->own_page, PAGE, 0, 0, 0);
 	}
-	ptrace(PTRACE_SETREGS, p->injector, 0, &p->saved);
 	ptrace(PTRACE_SETSIGMASK, p->injector, 8, &p->mask);
+	ptrace(PTRACE_SETREGS, p->injector, 0, &p->saved);
+	if (code && !p->own_page) poke(p, code, p->covered, ALL_BYTES);
+	p->code = p->table = p->own_page = 0;
 	p->injecting = 0;
 }
 
@@ -441,7 +504,7 @@ static int wait_until_done(struct process *p)
 			if (signal < 0) { errno = EPROTO; return -1; }
 			if (ptrace(PTRACE_CONT, p->injector, 0, signal)) return -1;
 		}
-		if (read_from(p, p->script + PAGE + offsetof(struct context, done), &done, sizeof done)) return lost();
+		if (read_from(p, p->table, &done, sizeof done)) return lost();
 		if (done) break;
 		usleep(50);
 	}
@@ -457,28 +520,25 @@ static int wait_until_done(struct process *p)
 /* Runs the calls in the process; their results replace their numbers. Returns how many were made, or -1. */
 static ssize_t run_script(struct process *p, struct call *calls, size_t n)
 {
-	uint64_t context = p->script + PAGE, table = context + offsetof(struct context, calls), none = 0;
+	uint64_t first = p->table + offsetof(struct table, calls), none = 0;
 	struct user_regs_struct r = p->saved;
 	calls[n].number = -1;
-	if (write_to(p, table, calls, (n + 1) * sizeof *calls)) return -1;
-	if (write_to(p, context + offsetof(struct context, done), &none, sizeof none)) return -1;
-	r.rip = p->script;
-	r.r12 = table;
-	r.r13 = 0;
+	if (write_to(p, first, calls, (n + 1) * sizeof *calls) || write_to(p, p->table, &none, sizeof none)) return -1;
+	r.rip = p->code;
+	r.r12 = first;
+	r.r14 = p->table;
 	r.orig_rax = (uint64_t)-1;
 	if (ptrace(PTRACE_SETREGS, p->injector, 0, &r) || ptrace(PTRACE_CONT, p->injector, 0, 0)) return -1;
 	if (wait_until_done(p) || ptrace(PTRACE_GETREGS, p->injector, 0, &r)) return -1;
-	if (read_from(p, table, calls, (n + 1) * sizeof *calls)) return -1;
-	return (ssize_t)((r.r12 - table) / sizeof *calls);
+	if (read_from(p, first, calls, (n + 1) * sizeof *calls)) return -1;
+	return (ssize_t)((r.r12 - first) / sizeof *calls);
 }
 
 /* ---- freeze --------------------------------------------------------------------------------------------------- */
 
 static struct process *find_process(pid_t pid)
 {
-	for (size_t i = 0; i < n_processes; i++)
-		if (processes[i]->pid == pid) return processes[i];
-	return 0;
+	return pid > 0 && pid < (int)(sizeof by_pid / sizeof *by_pid) ? by_pid[pid] : 0;
 }
 
 static int add_process(pid_t pid) /* 1 if it is new */
@@ -489,7 +549,7 @@ static int add_process(pid_t pid) /* 1 if it is new */
 	p->pid = pid;
 	p->file = p->memory = -1;
 	processes = grow(processes, n_processes, &cap_processes, sizeof *processes);
-	processes[n_processes++] = p;
+	by_pid[pid] = processes[n_processes++] = p;
 	return 1;
 }
 
@@ -579,6 +639,7 @@ static int freeze_process(struct process *p)
 	char path[64];
 	int found = 0;
 	size_t known = p->n_threads;
+	if (p->ended) return 0;
 	snprintf(path, sizeof path, "/proc/%d/task", p->pid);
 	DIR *tasks = opendir(path);
 	if (!tasks && errno != ENOENT && errno != ESRCH) refuse("process %d: %s: %s", p->pid, path, strerror(errno));
@@ -598,6 +659,7 @@ static int freeze_process(struct process *p)
 		if (children) fclose(children);
 	}
 	if (tasks) closedir(tasks);
+	p->ended = !p->n_threads && !is_alive(p->pid, p->pid) && !found;
 	p->injector = p->n_threads ? p->threads[0] : 0;
 	for (size_t i = 0; i < p->n_threads; i++)
 		if (p->threads[i] == p->pid) p->injector = p->pid;
@@ -629,8 +691,10 @@ static void freeze_tree(pid_t root)
 	add_process(root);
 	/* Until nothing new was born while we froze the rest, and once more: the kernel's list of children skips some while
 	 * others of them end. */
+	int64_t deadline = now_ms() + FREEZE_TIMEOUT_MS;
 	for (int quiet = 0; quiet < 2;) {
 		int found = 0;
+		if (now_ms() > deadline) refuse("processes are born faster than they can be stopped");
 		for (size_t i = 0; i < n_processes; i++) found += freeze_process(processes[i]);
 		quiet = found ? 0 : quiet + 1;
 	}
@@ -646,14 +710,29 @@ static void let_go(void)
 
 /* ---- copy ----------------------------------------------------------------------------------------------------- */
 
-static void add_jobs(struct process *p, struct area *a, uint64_t start, uint64_t end)
+/* Joins what is close together: thousands of direct writes of a page each took longer than all the rest. */
+static void add_span(struct process *p, struct area *a, uint64_t start, uint64_t end)
+{
+	enum { GAP_BYTES = 64 << 10, MOST_SPANS = HUGE_BYTES / PAGE };
+	struct job *last = p->n_jobs ? &p->jobs[p->n_jobs - 1] : 0;
+	struct span *before = p->n_spans ? &p->spans[p->n_spans - 1] : 0;
+	p->copied_bytes += end - start;
+	if (last && before->start >= a->start && start - before->end <= GAP_BYTES && start / HUGE_BYTES == before->start / HUGE_BYTES &&
+	    last->count < MOST_SPANS) {
+		last->count++;
+	} else {
+		p->jobs = grow(p->jobs, p->n_jobs, &p->cap_jobs, sizeof *p->jobs);
+		p->jobs[p->n_jobs++] = (struct job){p->n_spans, 1, a->offset + start - a->start};
+	}
+	p->spans = grow(p->spans, p->n_spans, &p->cap_spans, sizeof *p->spans);
+	p->spans[p->n_spans++] = (struct span){start, end};
+}
+
+static void add_pages(struct process *p, struct area *a, uint64_t start, uint64_t end)
 {
 	while (start < end) { /* cut where 2 MiB pages begin: the file's offsets are congruent */
 		uint64_t next = (start + HUGE_BYTES) & ~(HUGE_BYTES - 1);
-		if (next > end) next = end;
-		p->jobs = grow(p->jobs, p->n_jobs, &p->cap_jobs, sizeof *p->jobs);
-		p->jobs[p->n_jobs++] = (struct job){start, next - start, a->offset + start - a->start};
-		p->copied_bytes += next - start;
+		add_span(p, a, start, next < end ? next : end);
 		start = next;
 	}
 }
@@ -681,13 +760,13 @@ static void find_pages_of(struct process *p, struct area *a, int pagemap)
 		for (int k = 0; k < n; k++) {
 			int is_guard = (regions[k].categories & guard) != 0;
 			if (is_guard) add_guard(p, regions[k].start, regions[k].end);
-			if (a->whole) add_jobs(p, a, covered, regions[k].start);
-			else if (!is_guard) add_jobs(p, a, regions[k].start, regions[k].end);
+			if (a->whole) add_pages(p, a, covered, regions[k].start);
+			else if (!is_guard) add_pages(p, a, regions[k].start, regions[k].end);
 			covered = regions[k].end;
 		}
 		at = s.walk_end;
 	}
-	if (a->whole) add_jobs(p, a, covered, a->end);
+	if (a->whole) add_pages(p, a, covered, a->end);
 }
 
 static void find_pages(struct process *p)
@@ -704,18 +783,32 @@ static void find_pages(struct process *p)
 
 static int read_job(struct process *p, struct job *j, char *buffer) /* 0, or errno */
 {
-	struct iovec local = {buffer, j->bytes}, remote = {(void *)j->address, j->bytes};
-	if (process_vm_readv(p->injector, &local, 1, &remote, 1, 0) == (ssize_t)j->bytes) return 0;
+	struct iovec local[HUGE_BYTES / PAGE], remote[HUGE_BYTES / PAGE];
+	struct span *spans = p->spans + j->first;
+	size_t total = 0;
+	for (size_t i = 0; i < j->count; i++) {
+		char *to = buffer + (spans[i].start - spans[0].start);
+		size_t bytes = spans[i].end - spans[i].start;
+		if (i) memset(buffer + (spans[i - 1].end - spans[0].start), 0, spans[i].start - spans[i - 1].end);
+		local[i] = (struct iovec){to, bytes};
+		remote[i] = (struct iovec){(void *)spans[i].start, bytes};
+		total += bytes;
+	}
+	errno = EFAULT; /* what it means to read less than was asked for */
+	if (process_vm_readv(p->injector, local, j->count, remote, j->count, 0) == (ssize_t)total) return 0;
 	int reason = errno;
 	/* Memory that may only be written; as a debugger we may read it. */
-	return pread(p->memory, buffer, j->bytes, (off_t)j->address) == (ssize_t)j->bytes ? 0 : reason;
+	for (size_t i = 0; i < j->count; i++)
+		if (pread(p->memory, local[i].iov_base, local[i].iov_len, (off_t)spans[i].start) != (ssize_t)local[i].iov_len)
+			return reason;
+	return 0;
 }
 
-static int write_job(struct process *p, struct job *j, const char *buffer) /* 0, or errno */
+static int write_job(struct process *p, struct job *j, const char *buffer, size_t bytes) /* 0, or errno */
 {
-	for (uint64_t done = 0; done < j->bytes;) {
-		ssize_t n = pwrite(p->file, buffer + done, j->bytes - done, (off_t)(j->offset + done));
-		if (n > 0) { done += (uint64_t)n; continue; }
+	for (size_t done = 0; done < bytes;) {
+		ssize_t n = pwrite(p->file, buffer + done, bytes - done, (off_t)(j->offset + done));
+		if (n > 0) { done += (size_t)n; continue; }
 		int reason = n ? errno : ENOSPC, flags = fcntl(p->file, F_GETFL);
 		/* Some file systems refuse direct writes only now, and what follows a short one is not aligned. */
 		if (reason != EINVAL || !(flags & O_DIRECT) || fcntl(p->file, F_SETFL, flags & ~O_DIRECT)) return reason;
@@ -732,9 +825,10 @@ static void *copy_thread(void *argument)
 	madvise(buffer, HUGE_BYTES, MADV_HUGEPAGE);
 	for (uint64_t i; !p->failed && (i = __sync_fetch_and_add(&p->next_job, 1)) < p->n_jobs;) {
 		struct job *j = &p->jobs[i];
+		size_t bytes = p->spans[j->first + j->count - 1].end - p->spans[j->first].start;
 		int reason = poll(&orders, 1, 0) > 0 && orders.revents & (POLLHUP | POLLERR) ? ECANCELED : read_job(p, j, buffer);
 		/* Zeros stay a hole. */
-		if (!reason && (buffer[0] || memcmp(buffer, buffer + 1, j->bytes - 1))) reason = write_job(p, j, buffer);
+		if (!reason && (buffer[0] || memcmp(buffer, buffer + 1, bytes - 1))) reason = write_job(p, j, buffer, bytes);
 		if (reason) p->failed = reason;
 	}
 	free(buffer);
@@ -776,7 +870,7 @@ static void copy_memory(struct process *p, int threads)
 static struct call are_we_there(struct process *p, int64_t file)
 {
 	return (struct call){SYS_fcntl, file, F_OFD_SETLK,
-			     (int64_t)(p->script + PAGE + offsetof(struct context, lock)), 0, 0, 0, ON_FAILURE};
+			     (int64_t)(p->code + CODE_BYTES + offsetof(struct knowledge, lock)), 0, 0, 0, ON_FAILURE};
 }
 
 /* Room aside: one reservation in which every area finds a place congruent to its own, so that whole page tables move. */
@@ -791,13 +885,15 @@ static void reserve_aside(struct process *p)
 static int64_t open_inside(struct process *p)
 {
 	char path[512];
-	uint64_t at = p->script + PAGE + offsetof(struct context, calls);
+	uint64_t at = p->table + offsetof(struct table, calls);
 	int bytes = snprintf(path, sizeof path, "%s/%s", inside, p->name) + 1;
 	if (bytes > (int)sizeof path) return -ENAMETOOLONG;
 	if (write_to(p, at, path, (size_t)bytes)) return -errno;
 	int64_t file = one_call(p, SYS_openat, (uint64_t)AT_FDCWD, at, O_RDONLY | O_CLOEXEC, 0, 0);
 	if (file < 0) refuse("process %d: cannot open %s: %s", p->pid, path, strerror((int)-file));
-	return write_context(p, file) ? -errno : file;
+	p->has_file = 1;
+	p->inside_file = file;
+	return know_file(p, file) ? -errno : file;
 }
 
 static void map_back(struct process *p)
@@ -812,7 +908,6 @@ static void map_back(struct process *p)
 	reserve_aside(p);
 	int64_t file = open_inside(p);
 	if (file < 0) refuse("process %d: %s", p->pid, strerror((int)-file));
-	p->inside_file = file + 1;
 	uint64_t cursor = p->aside;
 	for (size_t i = 0; i < p->n_areas; i++) {
 		struct area *a = &p->areas[i];
@@ -866,14 +961,15 @@ static void move_back(struct process *p)
 
 static void finish_process(struct process *p, int undo)
 {
-	if (p->script && p->aside) {
-		if (undo && p->inside_file) move_back(p);
+	if (p->table && p->aside) {
+		if (undo && p->has_file) move_back(p);
 		one_call(p, SYS_munmap, p->aside, p->aside_bytes, 0, 0, 0);
 		p->aside = 0;
-		if (p->inside_file) {
-			one_call(p, SYS_close, (uint64_t)p->inside_file - 1, 0, 0, 0, 0);
-			write_context(p, -1);
-		}
+	}
+	if (p->has_file) {
+		know_file(p, -1);
+		one_call(p, SYS_close, (uint64_t)p->inside_file, 0, 0, 0, 0);
+		p->has_file = 0;
 	}
 	end_injection(p);
 }

@@ -275,8 +275,11 @@ static pid_t start(char **program, int log_write)
 	setrlimit(RLIMIT_NOFILE, &files_of_program);
 	for (int i = 0; i < opt.n_keeps; i++) fcntl(opt.keeps[i], F_SETFD, 0);
 	if (opt.is_restore) {
-		if (log_write != opt.restore_fd) dup2(log_write, opt.restore_fd);
-		else fcntl(log_write, F_SETFD, 0);
+		if (log_write != opt.restore_fd) {
+			if (dup2(log_write, opt.restore_fd) < 0) die("log descriptor (is the limit of open files too low?)");
+		} else {
+			fcntl(log_write, F_SETFD, 0);
+		}
 	} else {
 		dup2(log_write, 1);
 		dup2(log_write, 2);
@@ -299,16 +302,17 @@ enum kind { SIGNALS, LIFELINE, LOG, DOOR, PUBLISH, END };
 struct watch { enum kind kind; int fd, port; struct end *end; };
 struct end {             /* one side of a relay; what is read from it waits in buffer for the other side */
 	struct watch watch;
-	struct end *other;
+	struct end *other, *next_buried;
 	char *buffer;
 	size_t start, filled;
-	int eof, shut, connecting, wants_port, events;
+	int eof, shut, connecting, wants_port, events, accepted;
 	int closed;
 };
 
 static int ep;
-static struct end *graveyard[256];
-static int n_graveyard;
+static struct end *graveyard;
+static struct watch *crowded[MAX_LIST + 1]; /* listeners that wait until a descriptor is free again */
+static int n_crowded, n_relays;
 
 static void watch(struct watch *w, uint32_t events, int op)
 {
@@ -322,7 +326,10 @@ static void bury(struct end *e) /* freed after the batch of events: another even
 	e->closed = 1;
 	close(e->watch.fd);
 	free(e->buffer);
-	if (n_graveyard < 256) graveyard[n_graveyard++] = e;
+	e->next_buried = graveyard;
+	graveyard = e;
+	n_relays -= e->accepted;
+	while (n_crowded) watch(crowded[--n_crowded], EPOLLIN, EPOLL_CTL_ADD);
 }
 
 static void end_relay(struct end *e)
@@ -381,18 +388,31 @@ static void connect_inside(struct end *client, int port)
 	watch(&inside->watch, EPOLLOUT, EPOLL_CTL_ADD);
 }
 
+static int most_relays(void)
+{
+	enum { OURS = 20 };
+	struct rlimit files;
+	getrlimit(RLIMIT_NOFILE, &files);
+	return files.rlim_cur < OURS ? 0 : files.rlim_cur > 1 << 20 ? 1 << 19 : (int)(files.rlim_cur - OURS) / 2;
+}
+
 static void accept_from(struct watch *w)
 {
-	int one = 1, s;
-	while ((s = accept4(w->fd, 0, 0, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
+	int one = 1, s = -1, most = most_relays();
+	while (n_relays < most && (s = accept4(w->fd, 0, 0, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
 		if (w->kind == PUBLISH) setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 		struct end *e = new_end(s, w->port);
 		if (!e) continue;
+		n_relays++;
+		e->accepted = 1;
 		e->wants_port = w->kind == DOOR;
 		e->events = EPOLLIN;
 		watch(&e->watch, EPOLLIN, EPOLL_CTL_ADD);
 		if (!e->wants_port) { connect_inside(e, w->port); arm(e); }
 	}
+	if (n_relays < most && errno != EMFILE && errno != ENFILE) return;
+	watch(w, 0, EPOLL_CTL_DEL); /* who waits would be reported without end; the next relay that ends undoes this */
+	crowded[n_crowded++] = w;
 }
 
 static int fill(struct end *e) /* 0: nothing went wrong */
@@ -424,26 +444,31 @@ static int drain(struct end *from, struct end *to)
 	return 0;
 }
 
+/* Whom e is connected to, or why it is not. Connecting to a port on which nobody listens can meet itself (simultaneous open)
+ * if the kernel happens to choose that port for our side. */
+static int connect_error(struct end *e, int *family)
+{
+	struct sockaddr_in6 self = {0}; /* the port lies at the same place in both families */
+	socklen_t size = sizeof self, error_size = sizeof(int);
+	int error = 0;
+	getsockopt(e->watch.fd, SOL_SOCKET, SO_ERROR, &error, &error_size);
+	getsockname(e->watch.fd, (struct sockaddr *)&self, &size);
+	*family = self.sin6_family;
+	return !error && ntohs(self.sin6_port) == e->watch.port ? ECONNREFUSED : error;
+}
+
 static void relay(struct end *e, uint32_t events)
 {
 	if (e->closed) return;
 	if (e->connecting) {
-		int error = 0;
-		socklen_t size = sizeof error;
-		getsockopt(e->watch.fd, SOL_SOCKET, SO_ERROR, &error, &size);
+		int family, error = connect_error(e, &family);
 		if (error) {   /* nobody listens on 127.0.0.1: try ::1 once */
-			struct end *client = e->other;
-			struct sockaddr_storage peer;
-			int family = AF_INET;
-			socklen_t n = sizeof peer;
-			if (!getsockname(e->watch.fd, (struct sockaddr *)&peer, &n)) family = peer.ss_family;
 			int s = family == AF_INET && error == ECONNREFUSED ? dial(e->watch.port, AF_INET6) : -1;
 			if (s < 0) { end_relay(e); return; }
 			close(e->watch.fd);
 			e->watch.fd = s;
 			e->events = EPOLLOUT;
 			watch(&e->watch, EPOLLOUT, EPOLL_CTL_ADD);
-			(void)client;
 			return;
 		}
 		e->connecting = 0;
@@ -482,7 +507,9 @@ static void pump_log(int from)
 	char buffer[65536];
 	ssize_t n = 1;
 	for (int reads = 0; reads < 16 && (n = read(from, buffer, sizeof buffer)) > 0; reads++) {
-		if (opt.log >= 0 && write(opt.log, buffer, (size_t)n) < 0) { /* disk full: the worker must not block on its log */ }
+		/* Disk full: the worker must not block on its log. */
+		for (ssize_t done = 0, w; opt.log >= 0 && done < n && (w = write(opt.log, buffer + done, (size_t)(n - done))) > 0;)
+			done += w;
 	}
 	if (n == 0) epoll_ctl(ep, EPOLL_CTL_DEL, from, 0); /* nobody can write any more; this would be reported without end */
 }
@@ -541,7 +568,7 @@ static void serve(pid_t program, int signals, int log_read)
 				while (read(signals, &s, sizeof s) == sizeof s) {
 					if (s.ssi_signo != SIGCHLD) kill(root, (int)s.ssi_signo);
 				}
-				reap(program, root, log_read);
+				if (reap(program, root, log_read)) program = 0; /* its pid may be another's one day */
 				break;
 			}
 			case LIFELINE: {
@@ -559,7 +586,7 @@ static void serve(pid_t program, int signals, int log_read)
 			case END: relay(w->end, ready[i].events); break;
 			}
 		}
-		while (n_graveyard) free(graveyard[--n_graveyard]);
+		for (struct end *e; (e = graveyard); free(e)) graveyard = e->next_buried;
 	}
 }
 
