@@ -41,6 +41,13 @@ class StoreConformance:
         assert store.write("packs/a", data) is True
         assert store.read("packs/a") == data
 
+    def test_an_object_is_its_parts_in_a_row(self, store):
+        parts = [b"head", b"", bytearray(b"bytes"), memoryview(b"a view of more")[2:6]]
+        assert store.write("packs/a", *parts) is True
+        assert store.read("packs/a") == b"headbytesview"
+        assert store.write("packs/empty") is True
+        assert store.read("packs/empty") == b""
+
     def test_an_object_is_written_once_and_never_changed(self, store):
         assert store.write("names/a", b"first") is True
         assert store.write("names/a", b"second, and longer") is False

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from hotstart.errors import HotstartError
-from hotstart.store.port import Missing, check_key
+from hotstart.store.port import Bytes, Missing, check_key
 
 _ASIDE = ".aside"
 
@@ -31,7 +31,7 @@ class DirectoryStore:
         except (FileNotFoundError, NotADirectoryError) as e:
             raise Missing(key) from e
 
-    def write(self, key: str, data: bytes) -> bool:
+    def write(self, key: str, *parts: Bytes) -> bool:
         """Create an object; link(2) fails if there is one, so the first of two writers wins and the other is told."""
         path = self._path(key)
         if os.path.exists(path):
@@ -41,7 +41,8 @@ class DirectoryStore:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.makedirs(os.path.dirname(aside), exist_ok=True)
             with open(aside, "xb") as f:
-                f.write(data)
+                for part in parts:
+                    f.write(part)
                 f.flush()
                 os.fchmod(f.fileno(), 0o444)
                 os.fsync(f.fileno())

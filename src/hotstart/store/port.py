@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from threading import Lock
 from typing import Protocol
 
 from hotstart.errors import HotstartError
 
+Bytes = bytes | bytearray | memoryview
 _KEY = re.compile(r"(?!.*(?:^|/)\.)[A-Za-z0-9._/-]+")
 
 
@@ -22,13 +24,16 @@ class Missing(HotstartError):
 
 
 class Store(Protocol):
-    """Immutable objects under keys like 'packs/DIGEST'. Every implementation passes tests/store/conformance.py."""
+    """Immutable objects under keys like 'packs/DIGEST'; several threads may use one store at once.
+
+    Every implementation and every wrapper passes tests/store/conformance.py.
+    """
 
     def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return an object's bytes, or `length` of them from `offset`. Raises Missing; short only at its end."""
 
-    def write(self, key: str, data: bytes) -> bool:
-        """Create an object, all of it or nothing, durably. False: there is one already, and it stays as it is."""
+    def write(self, key: str, *parts: Bytes) -> bool:
+        """Create an object of `parts` in a row, all of it or nothing, durably. False: there is one already, and it stays."""
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Give the keys that begin with `prefix` and their sizes, sorted."""
@@ -49,6 +54,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
+        self._lock = Lock()
 
     def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return an object's bytes, or `length` of them from `offset`."""
@@ -58,16 +64,18 @@ class MemoryStore:
             raise Missing(key) from e
         return data[offset:] if length is None else data[offset : offset + length]
 
-    def write(self, key: str, data: bytes) -> bool:
-        """Create an object."""
-        if check_key(key) in self._objects:
-            return False
-        self._objects[key] = bytes(data)
+    def write(self, key: str, *parts: Bytes) -> bool:
+        """Create an object of `parts` in a row."""
+        data = b"".join(parts)
+        with self._lock:
+            if check_key(key) in self._objects:
+                return False
+            self._objects[key] = data
         return True
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Give the keys that begin with `prefix` and their sizes, sorted."""
-        yield from sorted((k, len(v)) for k, v in self._objects.items() if k.startswith(prefix))
+        yield from sorted((k, len(v)) for k, v in list(self._objects.items()) if k.startswith(prefix))
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is fine."""
