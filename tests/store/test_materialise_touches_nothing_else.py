@@ -10,7 +10,7 @@ from hotstart.errors import Damaged
 from hotstart.snapshot.manifest import File, MemoryFile
 from hotstart.store.content import digest_of, encode_index
 from hotstart.store.local import LocalSnapshots
-from hotstart.store.port import MemoryStore
+from hotstart.store.memory import MemoryStore
 from hotstart.store.published import materialise, publish
 from tests.samples import a_manifest
 

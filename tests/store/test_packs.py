@@ -9,7 +9,7 @@ from hotstart.store import packs
 from hotstart.store.content import Extent, decode_index, digest_of, encode_index
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.packs import CODEC_RAW, PackWriter, Place, decode_places, encode_places, read_chunk
-from hotstart.store.port import MemoryStore
+from hotstart.store.memory import MemoryStore
 
 PAGE = 4096
 

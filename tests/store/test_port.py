@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotstart.store.port import MemoryStore, check_key
+from hotstart.store.memory import MemoryStore
+from hotstart.store.port import check_key
 from tests.samples import CHARACTERS
 from tests.store.conformance import StoreConformance
 

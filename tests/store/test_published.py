@@ -11,7 +11,7 @@ from hotstart.snapshot.manifest import File, MemoryFile
 from hotstart.store.content import Extent, digest_of, encode_index
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.local import LocalSnapshots
-from hotstart.store.port import MemoryStore
+from hotstart.store.memory import MemoryStore
 from hotstart.store.published import find_published, materialise, publish, published_names, unpublish, verify_published
 from tests.samples import a_manifest
 from tests.store.samples import PAGE, contents_of, data_bytes_of, files_of, forge, make_local, tree_of
