@@ -18,7 +18,7 @@ from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import memory_bytes, tree
 from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError
-from hotstart.snapshot.capture import Captured, Source, capture
+from hotstart.snapshot.capture import REGIONS, Captured, Source, capture
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process, RecordedRestore
 from hotstart.snapshot.warmup import Oracle, Request
@@ -28,8 +28,6 @@ from hotstart.store.local import LocalSnapshot, PartialSnapshot, Progress, descr
 if TYPE_CHECKING:
     from hotstart.adapters.linux.runfolder import SandboxState
     from hotstart.api.core import Hotstart
-
-REGIONS = "regions.json"
 
 
 class SnapshotOptions(Struct, frozen=True):
@@ -122,8 +120,10 @@ def take_snapshot(
             tried = time.monotonic()
             stored = None
             if options.wait_stored:
+                from hotstart.api.storing import push_snapshot
+
                 progressing.stage("storing")
-                stored = store_snapshot(hotstart_, name, progressing)
+                stored = push_snapshot(hotstart_, name, None, progressing)
         except BaseException:
             hotstart_.remove_snapshot(name)
             raise
@@ -141,25 +141,6 @@ def take_snapshot(
         total_s=tried - asked,
         fold_refused=captured.refused,
     )
-
-
-def store_snapshot(hotstart_: Hotstart, name: str, progressing: Progressing) -> int:
-    """Publish a local snapshot to the store; returns the bytes that it added. One that a killed command left undigested, too."""
-    from hotstart.store.published import publish
-
-    local = hotstart_.snapshots.open(name)
-    complete_digests(local, progressing)
-    return publish(local, hotstart_.store, progressing.measured(_data_bytes(local.manifest)))
-
-
-def complete_digests(local: LocalSnapshot, progressing: Progressing) -> None:
-    """Digest memory files that a command was killed over; until now only seals vouched for them."""
-    if not local.digested:
-        local.digest_memory(populate, progressing.measured(_data_bytes(local.manifest)))
-
-
-def _data_bytes(manifest: Manifest) -> int:
-    return sum(m.data_bytes for m in manifest.memory) + sum(f.size_bytes for f in manifest.files)
 
 
 def _require_room(hotstart_: Hotstart, state: SandboxState) -> None:
@@ -254,15 +235,13 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) 
 def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, progressing: Progressing) -> LocalSnapshot:
     """Digest the memory, then restore once: what is kept is known to work, and how long it takes."""
     progressing.stage("digesting")
-    local.digest_memory(populate, progressing.measured(_data_bytes(local.manifest)))
+    local.digest_memory(populate, progressing.measured(local.manifest.data_bytes))
     progressing.stage("trying it")
     (replica,) = hotstart_.restore(local.manifest.name)
     hotstart_.remove(replica.name, force=True)
     receipt, former = replica.receipt, local.digest()
-    local.manifest = structs.replace(
-        local.manifest, recorded=RecordedRestore(receipt.resumed_s, receipt.first_answer_s)
-    )
-    local.save(former)
+    recorded = RecordedRestore(receipt.resumed_s, receipt.first_answer_s)
+    local.replace_manifest(structs.replace(local.manifest, recorded=recorded), former)
     return local
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from hotstart.adapters.ask import DoorAsker
@@ -23,11 +24,11 @@ from hotstart.restore.plan import NodeFacts, Plan, make_plan
 from hotstart.snapshot.manifest import Manifest
 from hotstart.snapshot.warmup import Oracle, Request
 from hotstart.snapshot.worker import PRIVATE_FOLDERS, SUPPORT_FOLDER, WorkerSpec, check_name
-from hotstart.store.directory import DirectoryStore
 from hotstart.store.local import LocalSnapshot, LocalSnapshots, Progress, no_progress
 
 if TYPE_CHECKING:
     from hotstart.api.capturing import Progressing, SnapshotOptions, SnapshotTaken
+    from hotstart.api.storing import Stores
 
 DEFAULT_HOME = "/var/lib/hotstart"
 DEFAULT_RUN = "/run/hotstart"
@@ -49,7 +50,6 @@ class Hotstart:
         self.run_root = os.path.abspath(run or os.environ.get("HOTSTART_RUN") or DEFAULT_RUN)
         self.folders = RunFolders(self.run_root)
         self.snapshots = LocalSnapshots(self.home)
-        self.store = DirectoryStore(os.path.join(self.home, "store"))
         self.asker = DoorAsker()
         self._clock_start = clock_start
         self._criu: Criu | None = None
@@ -181,64 +181,72 @@ class Hotstart:
 
     # ---- snapshots
 
+    @cached_property
+    def stores(self) -> Stores:
+        """The stores that snapshots can be pushed to and pulled from."""
+        from hotstart.api.storing import Stores
+
+        return Stores(self)
+
     def require_free_snapshot_name(self, name: str) -> None:
         """Raise BadUsage if a snapshot has the name."""
-        from hotstart.store.published import published_names
-
         check_name(name, "snapshot")
-        if name in self.snapshots.names() or name in published_names(self.store):
+        if name in self.snapshots.names() or self.stores.home.has(name):
             raise BadUsage(f"there is a snapshot {name} already: names are immutable, choose another or remove it")
 
     def local_snapshot(
         self, name: str, progress: Progress = no_progress, note: Callable[[str], None] = lambda _: None
     ) -> LocalSnapshot:
-        """Return a snapshot that can be restored from here, laid out from the store if need be, checked against its seals.
+        """Return a snapshot that can be restored from here, laid out from a store if need be, checked against its seals.
 
-        A damaged local copy is replaced by the store's, if that is good. Raises NotFound, Refused.
+        A damaged local copy is replaced by a store's, if that is good. Raises NotFound, Refused.
         """
-        from hotstart.store.published import materialise, published_names
-
         check_name(name, "snapshot")
         try:
             snapshot = self.snapshots.open(name)
             snapshot.check()
             return snapshot
         except NotFound:
-            return materialise(name, self.store, self.snapshots, progress)
+            from hotstart.api.storing import lay_out
+
+            return lay_out(self, name, progress)
         except Damaged as e:
-            if name not in published_names(self.store):
-                raise
-            repaired = self.repair(name, progress)
+            try:
+                repaired = self.repair(name, progress)
+            except HotstartError:
+                raise e from None
             note(f"{e}; the store's copy took its place")
             return repaired
 
     def repair(self, name: str, progress: Progress = no_progress) -> LocalSnapshot:
-        """Replace the local copy of a snapshot by the store's, which is verified first. Raises Damaged if that is bad too."""
-        from hotstart.store.published import materialise, verify_published
+        """Replace the local copy of a snapshot by a store's, which is verified first. Raises Damaged if that is bad too."""
+        from hotstart.api.storing import lay_out
+        from hotstart.store.pulling import verify_stored
 
-        verify_published(self.store, name, progress)
+        repository = self.stores.holding(name)
+        verify_stored(repository, name, progress)
         self.snapshots.remove(name)  # memory files are replaced one by one: another snapshot may have them, too
-        return materialise(name, self.store, self.snapshots, progress)
+        return lay_out(self, name, progress)
 
     def manifest(self, name: str) -> Manifest:
-        """Return a snapshot's manifest, from here or from the store. Raises NotFound, Refused."""
-        from hotstart.store.published import find_published
-
+        """Return a snapshot's manifest, from here or from a store. Raises NotFound, Refused."""
         check_name(name, "snapshot")
         try:
             return self.snapshots.open(name).manifest
         except NotFound:
-            return find_published(self.store, name).manifest
+            return self.stores.holding(name).find(name).manifest
 
     def remove_snapshot(self, name: str) -> None:
-        """Remove a snapshot here and in the store. Replicas go on. Raises NotFound."""
-        from hotstart.store.published import published_names, unpublish
+        """Remove a snapshot here and in our own store. Replicas go on. Raises NotFound."""
+        from hotstart.store.collecting import unpublish
 
         check_name(name, "snapshot")
-        if name not in self.snapshots.names() and name not in published_names(self.store):
+        stored = self.stores.home.has(name)
+        if name not in self.snapshots.names() and not stored:
             raise NotFound(f"no snapshot {name}: `hotstart snapshot ls` lists them")
-        unpublish(self.store, name)
-        self.snapshots.remove(name)
+        self.snapshots.remove(name)  # first: a push that goes on beside us looks, and takes its name back
+        if stored or self.stores.home.has(name):
+            unpublish(self.stores.home, name)
         self.sweep()
 
     # ---- replicas
@@ -304,6 +312,7 @@ class Hotstart:
         points["checked"] = time.monotonic()
         with RestoringReplicas(self, local, plan, wait=wait) as restoring:
             started = restoring.start(replicas, name, publish, points)
+        local.note_use()
         self.sweep()  # not before: it reads every manifest, and the clock was running
         return started
 

@@ -1,9 +1,7 @@
-"""hotstart snapshot create | ls | inspect | verify | rm | store."""
+"""hotstart snapshot create | ls | inspect | verify | rm; the rest is in snapshot_store.py."""
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable
 
@@ -27,28 +25,35 @@ from hotstart.cli.common import (
     split_command,
     worker_spec,
 )
-from hotstart.errors import BadUsage, Damaged, NotFound
+from hotstart.errors import BadUsage, Damaged, Refused
 from hotstart.snapshot.worker import check_name
 
 _SUMMARIES = {
     "create": "checkpoint a running worker, or run one, warm it up and checkpoint it",
     "ls": "list snapshots",
-    "inspect": "what a snapshot is made of",
+    "inspect": "what a snapshot is made of, and what it takes",
+    "diff": "what a second snapshot has that the first has not",
     "verify": "read every byte of a snapshot and compare it with its digest",
+    "push": "put a snapshot into a store, our own or one at a URL",
+    "pull": "get a snapshot from a store, ready to be restored",
+    "export": "write a snapshot to one file",
+    "import": "read a snapshot from such a file",
     "rm": "remove snapshots",
-    "store": "go on with packing a snapshot into the store",
+    "gc": "remove what no snapshot needs any more; keep the last ones, keep to a quota",
 }
 
 
 def main(arguments: list[str], _entered: float) -> int:
     """Run one of the snapshot commands."""
+    from hotstart.cli import snapshot_store
+
     commands: dict[str, Callable[[list[str]], int]] = {
         "create": _create,
         "ls": _ls,
         "inspect": _inspect,
         "verify": _verify,
         "rm": _rm,
-        "store": _store,
+        **snapshot_store.COMMANDS,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: hotstart snapshot COMMAND ...\n")
@@ -57,7 +62,10 @@ def main(arguments: list[str], _entered: float) -> int:
         return 0 if arguments else 2
     if arguments[0] not in commands:
         raise BadUsage(f"no command `snapshot {arguments[0]}`: `hotstart snapshot --help` lists them")
-    return commands[arguments[0]](arguments[1:])
+    code = commands[arguments[0]](arguments[1:])
+    if arguments[0] != "rm" and "--help" not in arguments:
+        snapshot_store.push_rest_in_background()
+    return code
 
 
 def _parser(command: str, *, json_output: bool = True) -> Parser:
@@ -98,8 +106,6 @@ def _create(arguments: list[str]) -> int:
     source = options.source or worker_spec(options, command)
     taken = take_snapshot(hotstart, options.name, source, wanted, asked, progress)
     progress.close()
-    if taken.stored_bytes is None:
-        _store_in_background(options.name)
     if options.json:
         print_json(as_plain(taken))
         return 0
@@ -112,49 +118,19 @@ def _create(arguments: list[str]) -> int:
     return 0
 
 
-def _store_in_background(name: str) -> None:
-    """Packing goes on without us; what a kill interrupts, the next `snapshot store` or `create` of another does not lose."""
-    import subprocess
-
-    subprocess.Popen(
-        [sys.executable, "-m", "hotstart.cli.main", "snapshot", "store", name],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-
-
-def _store(arguments: list[str]) -> int:
-    from hotstart.api.capturing import store_snapshot
-    from hotstart.cli.progress import TerminalProgress
-
-    p = _parser("store")
-    p.add_argument("name", metavar="SNAP")
-    options = p.parse_args(arguments)
-    progress = TerminalProgress(quiet=options.json)
-    progress.stage("storing")
-    added = store_snapshot(open_hotstart(), options.name, progress)
-    progress.close()
-    if options.json:
-        print_json({"snapshot": options.name, "stored_bytes": added})
-    return 0
-
-
 def _ls(arguments: list[str]) -> int:
-    from hotstart.store.published import published_names
-
-    options = _parser("ls").parse_args(arguments)
+    p = _parser("ls")
+    p.add_argument("--remote", action="store_true", help="ask the stores of HOTSTART_REMOTE, too")
+    options = p.parse_args(arguments)
     hotstart = open_hotstart()
-    here, stored = set(hotstart.snapshots.names()), set(published_names(hotstart.store))
+    here, stored = set(hotstart.snapshots.names()), set(hotstart.stores.home.names())
+    remote = (
+        {n for url in hotstart.stores.remotes() for n in hotstart.stores.at(url).names()} if options.remote else set()
+    )
     rows = []
-    for name in sorted(here | stored):
-        row: dict[str, object] = {
-            "snapshot": name,
-            "where": "both" if name in here and name in stored else "local" if name in here else "stored",
-        }
+    for name in sorted(here | stored | remote):
+        where = "both" if name in here and name in stored else "local" if name in here else "stored"
+        row: dict[str, object] = {"snapshot": name, "where": where if name in here | stored else "remote"}
         try:
             manifest = hotstart.manifest(name)
             row |= {
@@ -163,8 +139,8 @@ def _ls(arguments: list[str]) -> int:
                 "processes": len(manifest.processes),
                 "damaged": False,
             }
-        except Damaged:
-            row |= {"logical_bytes": None, "created_unix_s": None, "processes": None, "damaged": True}
+        except Refused as e:
+            row |= {"logical_bytes": None, "created_unix_s": None, "processes": None, "damaged": isinstance(e, Damaged)}
         rows.append(row)
     if options.json:
         print_json(rows)
@@ -175,7 +151,7 @@ def _ls(arguments: list[str]) -> int:
 
 def _ls_line(row: dict[str, object]) -> list[object]:
     memory = row["logical_bytes"]
-    shown = size(memory) if isinstance(memory, int) else "damaged"
+    shown = size(memory) if isinstance(memory, int) else "damaged" if row["damaged"] else "refused"
     return [row["snapshot"], row["where"], shown, row["processes"] or "-", _when(row["created_unix_s"])]
 
 
@@ -184,8 +160,8 @@ def _when(unix_s: object) -> str:
 
 
 def _inspect(arguments: list[str]) -> int:
-    from hotstart.api.capturing import REGIONS
-    from hotstart.store.content import digest_of
+    from hotstart.api.storing import sizes_of
+    from hotstart.snapshot.capture import REGIONS
 
     p = _parser("inspect")
     p.add_argument("name", metavar="SNAP")
@@ -217,13 +193,14 @@ def _inspect(arguments: list[str]) -> int:
             )
         return 0
     manifest = hotstart.manifest(options.name)
+    digest, sizes = sizes_of(hotstart, options.name)
     document = as_plain(manifest)
     document["worker"].pop("environment")  # it may hold secrets
-    document["digest"] = digest_of(manifest.to_bytes())
+    document |= {"digest": digest, "sizes": as_plain(sizes)}
     if options.json:
         print_json(document)
         return 0
-    print(f"{manifest.name}  {document['digest']}")
+    print(f"{manifest.name}  {digest}")
     print(f"command   {' '.join(manifest.worker.command)}")
     print(
         f"taken on  {manifest.host.architecture}, kernel {manifest.host.kernel}, CRIU {manifest.host.criu}, {manifest.host.libc}"
@@ -233,6 +210,10 @@ def _inspect(arguments: list[str]) -> int:
     )
     print(
         f"files     {len(manifest.files)} of its own ({size(sum(f.size_bytes for f in manifest.files))}), needs {len(manifest.needs)} of the host"
+    )
+    print(
+        f"sizes     {size(sizes.data_bytes)} of data, {size(sizes.unique_bytes)} without duplicates, "
+        f"{size(sizes.stored_bytes)} stored, {size(sizes.only_here_bytes)} of that for this snapshot alone"
     )
     if manifest.recorded:
         print(
@@ -246,63 +227,26 @@ def _inspect(arguments: list[str]) -> int:
 
 
 def _verify(arguments: list[str]) -> int:
-    from hotstart.api.capturing import complete_digests
+    from hotstart.api.storing import verify_snapshot
     from hotstart.cli.progress import TerminalProgress
-    from hotstart.store.published import published_names, verify_published
 
     p = _parser("verify")
     p.add_argument("name", metavar="SNAP")
-    p.add_argument("--repair", action="store_true", help="replace a damaged local copy by the store's")
+    p.add_argument(
+        "--repair", action="store_true", help="replace a damaged copy by a good one: the store's, or the local one"
+    )
     options = p.parse_args(arguments)
     check_name(options.name, "snapshot")
-    hotstart = open_hotstart()
     progress = TerminalProgress(quiet=options.json)
-    report: dict[str, object] = {"snapshot": options.name, "local": None, "stored": None}
-    problems: list[Damaged] = []
-    stored = options.name in published_names(hotstart.store)
-    if stored:
-        progress.stage("stored copy")
-        try:
-            verify_published(hotstart.store, options.name, progress.measured(_logical(hotstart.manifest, options.name)))
-            report["stored"] = "good"
-        except Damaged as e:
-            report["stored"] = f"damaged: {e}"
-            problems.append(e)
-    progress.stage("local copy")
-    try:
-        local = hotstart.snapshots.open(options.name)
-        complete_digests(local, progress)
-        local.verify(progress=progress.measured(local.manifest.logical_bytes))
-        local.check()
-        report["local"] = "good"
-    except NotFound:
-        if not stored:
-            raise
-    except Damaged as e:
-        report["local"] = f"damaged: {e}"
-        if options.repair and report["stored"] == "good":
-            progress.stage("repairing")
-            hotstart.repair(options.name, progress.measured(0))
-            report["local"] = "repaired"
-        else:
-            problems.append(e)
-    if options.repair and report["local"] == "good" and str(report["stored"]).startswith("damaged"):
-        raise problems[0]
+    report, problems = verify_snapshot(open_hotstart(), options.name, progress, repair=options.repair)
     progress.close()
     if options.json:
-        print_json(report)
+        print_json(as_plain(report))
     if problems:
         raise problems[0]
     if not options.json:
-        print(f"{options.name}: local copy {report['local'] or 'none'}, stored copy {report['stored'] or 'none'}")
+        print(f"{options.name}: local copy {report.local or 'none'}, stored copy {report.stored or 'none'}")
     return 0
-
-
-def _logical(manifest_of: Callable[[str], object], name: str) -> int:
-    try:
-        return int(getattr(manifest_of(name), "logical_bytes", 0))
-    except Damaged:
-        return 0
 
 
 def _rm(arguments: list[str]) -> int:

@@ -21,6 +21,7 @@ from hotstart.snapshot.worker import PRIVATE_FOLDERS, SUPPORT_FOLDER
 NOT_OF_THE_SNAPSHOT = frozenset(
     {"/run/criu.kdat", MEMORY_FOLDER, f"{SUPPORT_FOLDER}/capture", f"{SUPPORT_FOLDER}/identity"}
 )
+REGIONS = "regions.json"  # where each area went, and why
 
 
 class FoldedProcess(Struct, frozen=True):

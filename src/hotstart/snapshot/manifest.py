@@ -11,7 +11,7 @@ from hotstart.snapshot.worker import WorkerSpec
 
 FORMAT = "hotstart.snapshot"
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
-CHUNK_BYTES = 1 << 20
+MOST_CHUNK_BYTES = 1 << 20
 
 
 class HostFingerprint(Struct, frozen=True):
@@ -42,12 +42,19 @@ class Process(Struct, frozen=True):
     strategy: str
 
 
+class Chunk(Struct, frozen=True, array_like=True):
+    """A piece of a file: BLAKE3 digest in hex, length in bytes."""
+
+    digest: str
+    length: int
+
+
 class File(Struct, frozen=True):
-    """A file of the snapshot: a CRIU image, the file pack, an index. `chunks` are BLAKE3 digests of each MiB, in hex."""
+    """A file of the snapshot: a CRIU image, the file pack, an index. `chunks` are its pieces in order."""
 
     path: str
     size_bytes: int
-    chunks: tuple[str, ...]
+    chunks: tuple[Chunk, ...]
 
 
 class MemoryFile(Struct, frozen=True):
@@ -94,6 +101,11 @@ class Manifest(Struct, frozen=True):
         """Return the canonical document; its BLAKE3 digest is the snapshot's."""
         return encode(self)
 
+    @property
+    def data_bytes(self) -> int:
+        """Bytes to work through when all of it is read."""
+        return sum(m.data_bytes for m in self.memory) + sum(f.size_bytes for f in self.files)
+
 
 def parse_manifest(data: bytes) -> Manifest:
     """Read a manifest. Raises Refused for a newer major version, Damaged for anything that is not a manifest."""
@@ -106,9 +118,21 @@ def parse_manifest(data: bytes) -> Manifest:
             raise Refused(
                 f"this snapshot has format {major}.{minor}, this hotstart reads up to {FORMAT_MAJOR}.x: update hotstart"
             )
-        return decode(Manifest, data)
+        manifest = decode(Manifest, data)
     except IllFormedError as e:
         raise Damaged(f"the manifest is damaged ({e})") from e
+    _require_sizes_that_agree(manifest)
+    return manifest
+
+
+def _require_sizes_that_agree(manifest: Manifest) -> None:
+    for file in manifest.files:
+        lengths = [c.length for c in file.chunks]
+        if sum(lengths) != file.size_bytes or not all(0 < n <= MOST_CHUNK_BYTES for n in lengths):
+            raise Damaged(f"the manifest is damaged (the chunks of {file.path[:80]!r} are not the file)")
+    for memory in manifest.memory:
+        if not 0 <= memory.data_end <= memory.size_bytes:
+            raise Damaged(f"the manifest is damaged (memory file {memory.name[:80]!r} ends before its data)")
 
 
 class _Head(Struct, frozen=True):

@@ -9,17 +9,23 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from msgspec import MsgspecError, Struct, json, structs
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
-from hotstart.snapshot.manifest import CHUNK_BYTES, File, Manifest, MemoryFile, parse_manifest
-from hotstart.store.content import Extent, chunk_extents, decode_index, digest_of, encode_index
+from hotstart.snapshot.manifest import Chunk, File, Manifest, MemoryFile, parse_manifest
+from hotstart.store.content import LEAST_CHUNK_BYTES, Extent, cut, decode_index, digest_of, encode_index
 
 MANIFEST = "manifest.json"
 SEALS = "seals.json"
+MAKING, STORING = ".lock", ".storing"
+USES = ".uses"
+PULLED = ".pulled"
+_PULL_IS_KEPT_S = 86400.0
+_READ_BYTES = 8 << 20
 Progress = Callable[[int], None]
 Populate = Callable[[mmap.mmap, list[tuple[int, int]]], None]
 
@@ -29,11 +35,12 @@ def no_progress(_bytes: int) -> None:
 
 
 class LocalSnapshot(Struct):
-    """One snapshot's folder, its manifest, and the folder that holds all memory files."""
+    """One snapshot's folder, its manifest and the very bytes of it, and the folder that holds all memory files."""
 
     folder: str
     memory_root: str
     manifest: Manifest
+    document: bytes
 
     def path(self, file: str) -> str:
         """Return where a file of the snapshot is."""
@@ -50,12 +57,43 @@ class LocalSnapshot(Struct):
 
     def digest(self) -> str:
         """Return the snapshot's digest."""
-        return digest_of(self.manifest.to_bytes())
+        return digest_of(self.document)
 
     def extents(self, memory: MemoryFile) -> list[Extent]:
-        """Return what a memory file holds."""
-        with open(self.path(memory.index), "rb") as f:
-            return decode_index(f.read())
+        """Return what a memory file holds. Raises Damaged."""
+        try:
+            with open(self.path(memory.index), "rb") as f:
+                return decode_index(f.read(), memory.data_end)
+        except OSError as e:
+            raise Damaged(f"{memory.index!r} of snapshot {self.manifest.name} cannot be read: {e.strerror}") from e
+
+    # -- what the cache knows of it
+
+    @property
+    def pulled(self) -> bool:
+        """Whether it came from a store that may have it still."""
+        return os.path.exists(self.path(PULLED))
+
+    def note_use(self) -> None:
+        """Remember that it was restored: one byte for each time."""
+        with suppress(OSError), open(self.path(USES), "ab") as f:
+            f.write(b".")
+
+    def uses(self) -> tuple[int, float]:
+        """Return how often it was restored, and how many seconds ago the last time was, or it was made."""
+        try:
+            st = os.stat(self.path(USES))
+        except OSError:
+            return 0, max(0.0, time.time() - os.stat(self.path(MANIFEST)).st_mtime)
+        return st.st_size, max(0.0, time.time() - st.st_mtime)
+
+    def disk_bytes(self) -> int:
+        """Return what its files take on the disk."""
+        total = 0
+        for _, path in self._sealed_paths():
+            with suppress(OSError):
+                total += os.stat(path).st_blocks * 512
+        return total
 
     # -- seals
 
@@ -103,7 +141,7 @@ class LocalSnapshot(Struct):
     def _verify_file(self, file: File) -> None:
         try:
             with open(self.path(file.path), "rb") as f:
-                good = os.fstat(f.fileno()).st_size == file.size_bytes and digest_file(f.fileno()) == file.chunks
+                good = os.fstat(f.fileno()).st_size == file.size_bytes and _has_chunks(f.fileno(), file.chunks)
         except OSError:
             good = False
         if not good:
@@ -119,22 +157,18 @@ class LocalSnapshot(Struct):
             )
         try:
             with open(self.memory_path(memory.name), "rb") as f:
-                if os.fstat(f.fileno()).st_size != memory.size_bytes:
+                fd, at = f.fileno(), 0
+                if os.fstat(fd).st_size != memory.size_bytes:
                     raise problem
-                with _mapped(f.fileno(), memory.data_end) as data:
-                    view = memoryview(data)
-                    at = 0
-                    for extent in self.extents(memory):
-                        end = extent.offset + extent.length
-                        if (
-                            not _is_zero(f.fileno(), view, at, extent.offset)
-                            or digest_of(view[extent.offset : end]) != extent.digest
-                        ):
-                            raise problem
-                        progress(extent.length)
-                        at = end
-                    if not _is_zero(f.fileno(), view, at, memory.data_end):
+                for extent in self.extents(memory):
+                    data = os.pread(fd, extent.length, extent.offset)
+                    if not _is_zero(fd, at, extent.offset) or digest_of(data) != extent.digest:
                         raise problem
+                    progress(extent.length)
+                    at = extent.offset + extent.length
+                # The tail, too: an area that is grown shows it.
+                if not _is_zero(fd, at, memory.size_bytes):
+                    raise problem
         except OSError as e:
             raise problem from e
 
@@ -150,21 +184,21 @@ class LocalSnapshot(Struct):
             with open(self.memory_path(memory.name), "rb") as f, _mapped(f.fileno(), memory.data_end) as data:
                 spans = data_spans(f.fileno(), memory.data_end)
                 populate(data, spans)
-                extents = []
-                for extent in chunk_extents(memoryview(data), spans):
-                    extents.append(extent)
-                    progress(extent.length)
+                extents = digest_spans(data, spans, progress)
+                os.fsync(f.fileno())
             write_durably(self.path(index), encode_index(extents))
             files = [file for file in files if file.path != index]
             files.append(describe_file(self.folder, index))
             memories.append(structs.replace(memory, index=index, data_bytes=sum(e.length for e in extents)))
-        self.manifest = structs.replace(self.manifest, files=tuple(files), memory=tuple(memories))
-        self.save(former)
+        for file in files:
+            _sync(self.path(file.path))
+        self.replace_manifest(structs.replace(self.manifest, files=tuple(files), memory=tuple(memories)), former)
 
-    def save(self, former_digest: str) -> None:
+    def replace_manifest(self, manifest: Manifest, former_digest: str) -> None:
         """Replace the manifest, whose digest was `former_digest`; at no moment is there one that no seal knows."""
+        self.manifest, self.document = manifest, manifest.to_bytes()
         self.seal(former_digest)
-        write_durably(self.path(MANIFEST), self.manifest.to_bytes())
+        write_durably(self.path(MANIFEST), self.document)
 
 
 class LocalSnapshots:
@@ -190,13 +224,37 @@ class LocalSnapshots:
             if os.path.isdir(folder):
                 raise Damaged(f"snapshot {name} has lost its manifest: {_advice(name)}") from e
             raise NotFound(f"no snapshot {name}: `hotstart snapshot ls` lists them") from e
-        return LocalSnapshot(folder, self.memory_root, parse_manifest(data))
+        manifest = parse_manifest(data)
+        if manifest.name != name:
+            raise Damaged(f"the folder of snapshot {name} holds the manifest of {manifest.name}: {_advice(name)}")
+        return LocalSnapshot(folder, self.memory_root, manifest, data)
 
     def begin(self, name: str) -> PartialSnapshot:
         """Begin to make a snapshot. Raises BadUsage if there is one of that name, or it is being made."""
         if os.path.isdir(os.path.join(self.root, name)):
             raise BadUsage(f"there is a snapshot {name} already: names are immutable, choose another or remove it")
         return PartialSnapshot(self.root, self.memory_root, name)
+
+    @contextmanager
+    def storing(self, name: str) -> Iterator[None]:
+        """Hold while a snapshot is put into our own store; waits while another command does so."""
+        lock = _Lock(self.root, name, suffix=STORING, wait=True)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def unattended(self) -> list[str]:
+        """Return the snapshots that no command is making or storing just now."""
+        return [
+            name
+            for name in self.names()
+            if not any(_is_locked(os.path.join(self.root, f".{name}{suffix}")) for suffix in (MAKING, STORING))
+        ]
+
+    def begin_pull(self, name: str, digest: str) -> PartialPull:
+        """Begin to lay a stored snapshot out, or go on with it; waits while another command does so."""
+        return PartialPull(self, name, digest)
 
     def remove(self, name: str) -> None:
         """Remove a snapshot's folder; its memory files go with the next sweep, if no other snapshot has them."""
@@ -205,6 +263,23 @@ class LocalSnapshots:
         with suppress(FileNotFoundError):
             os.rename(folder, doomed)
             _remove_tree(doomed)
+        self.forget_pulls(name)
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.root, f".{name}{STORING}"))
+
+    def forget_pulls(self, name: str | None = None, older_than_s: float = 0.0) -> None:
+        """Remove what interrupted pulls have got of a snapshot, or of all, unless one goes on with it just now."""
+        with suppress(FileNotFoundError):
+            for entry in os.listdir(self.root):
+                pulled, found, _ = entry.removeprefix(".").rpartition(".pull-")
+                if not found or (name is not None and pulled != name):
+                    continue
+                if _is_locked(os.path.join(self.root, f".{pulled}{MAKING}")):
+                    continue
+                path = os.path.join(self.root, entry)
+                with suppress(FileNotFoundError):
+                    if time.time() - os.stat(path).st_mtime >= older_than_s:
+                        _remove_tree(path)
 
     def memory_files(self) -> set[str]:
         """Return every memory file that a snapshot here has. Raises Damaged if a manifest cannot be read."""
@@ -213,6 +288,7 @@ class LocalSnapshots:
     def sweep(self, live_memory_ids: set[str]) -> None:
         """Remove what killed commands left: partial snapshots, memory files of no snapshot and no live sandbox."""
         being_made = False
+        self.forget_pulls(older_than_s=_PULL_IS_KEPT_S)
         with suppress(FileNotFoundError):
             for entry in os.listdir(self.root):
                 if entry.startswith(".") and ".removed-" in entry:
@@ -237,22 +313,41 @@ class LocalSnapshots:
                     os.rmdir(folder)
 
 
+class _Lock:
+    """A lock on a snapshot's name in the cache (flock): of who makes it, or of who puts it into our own store."""
+
+    def __init__(self, root: str, name: str, *, wait: bool, suffix: str = MAKING) -> None:
+        self._path = os.path.join(root, f".{name}{suffix}")
+        os.makedirs(root, exist_ok=True)
+        while True:
+            self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as e:
+                os.close(self.fd)
+                raise BadUsage(
+                    f"snapshot {name} is being made by another command: wait for it, or choose another name"
+                ) from e
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(self.fd)):
+                    return
+            os.close(self.fd)  # whoever held it before has removed it
+
+    def release(self) -> None:
+        """Remove it."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
+        os.close(self.fd)
+
+
 class PartialSnapshot:
     """A snapshot that is being made: locked, invisible until `publish`, gone if it is never called."""
 
     def __init__(self, root: str, memory_root: str, name: str) -> None:
         self.name = name
         self._root, self._memory_root = root, memory_root
-        self._lock_path = os.path.join(root, f".{name}.lock")
-        os.makedirs(root, exist_ok=True)
-        self.lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            os.close(self.lock_fd)
-            raise BadUsage(
-                f"snapshot {name} is being made by another command: wait for it, or choose another name"
-            ) from e
+        self._lock = _Lock(root, name, wait=False)
+        self.lock_fd = self._lock.fd
         self.folder = os.path.join(root, f".{name}.partial")
         _remove_tree(self.folder)
         os.mkdir(self.folder)
@@ -262,21 +357,91 @@ class PartialSnapshot:
 
     def __exit__(self, *_: object) -> None:
         _remove_tree(self.folder)
-        with suppress(FileNotFoundError):
-            os.unlink(self._lock_path)
-        os.close(self.lock_fd)
+        self._lock.release()
 
     def publish(self, manifest: Manifest) -> LocalSnapshot:
         """Make it visible under its name, complete and sealed. Raises BadUsage if the name was taken meanwhile."""
-        folder = os.path.join(self._root, self.name)
-        write_durably(os.path.join(self.folder, MANIFEST), manifest.to_bytes())
-        LocalSnapshot(self.folder, self._memory_root, manifest).seal()
+        return _publish(self._root, self._memory_root, self.folder, manifest, manifest.to_bytes())
+
+
+class PartialPull:
+    """A stored snapshot that is being laid out: locked, invisible until `publish`; kept for a while if it is interrupted.
+
+    `done` is the snapshot if another command laid it out while we waited for the lock.
+    """
+
+    def __init__(self, snapshots: LocalSnapshots, name: str, digest: str) -> None:
+        self._root, self._memory_root = snapshots.root, snapshots.memory_root
+        self.folder = os.path.join(self._root, f".{name}.pull-{digest[:16]}")
+        self._lock = _Lock(self._root, name, wait=True)
+        self.done: LocalSnapshot | None = None
         try:
-            os.rename(self.folder, folder)
-        except OSError as e:
-            raise BadUsage(f"there is a snapshot {self.name} already: choose another name") from e
-        _sync(self._root)
-        return LocalSnapshot(folder, self._memory_root, manifest)
+            self.done = snapshots.open(name)
+            if self.done.digest() != digest:
+                raise BadUsage(f"there is another snapshot {name} here: names are immutable, remove one of the two")
+        except NotFound:
+            os.makedirs(self.folder, exist_ok=True)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> PartialPull:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def file_path(self, path: str) -> str:
+        """Return where a file of the snapshot is laid out. Raises Damaged if that is outside."""
+        found = os.path.normpath(os.path.join(self.folder, path))
+        if not found.startswith(f"{self.folder}/") or "\0" in path or path.split("/")[0] in (MANIFEST, SEALS, _MEMORY):
+            raise Damaged(f"the snapshot names a file outside itself: {path[:80]!r}")
+        return found
+
+    def memory_path(self, name: str) -> str:
+        """Return where a memory file is laid out for now. Raises Damaged if its name could lead elsewhere."""
+        return os.path.join(self.folder, _MEMORY, _checked_memory_name(name))
+
+    def publish(self, document: bytes, manifest: Manifest) -> LocalSnapshot:
+        """Move the memory files where they belong and make the snapshot visible, sealed.
+
+        A memory file that another snapshot here names, too, is replaced by this one, which was just verified.
+        """
+        for memory in manifest.memory:
+            path = os.path.join(self._memory_root, _checked_memory_name(memory.name))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.replace(self.memory_path(memory.name), path)
+        _remove_tree(os.path.join(self.folder, _MEMORY))
+        with open(os.path.join(self.folder, PULLED), "wb"):
+            pass
+        return _publish(self._root, self._memory_root, self.folder, manifest, document)
+
+    def forget(self) -> None:
+        """Remove what was laid out."""
+        _remove_tree(self.folder)
+
+
+_MEMORY = "memory"
+
+
+def _checked_memory_name(name: str) -> str:
+    """Return a memory file's name if it cannot lead out of its folder: before it becomes a path. Raises Damaged."""
+    memory_id, _, file = name.partition("/")
+    if not memory_id.isalnum() or not file or "/" in file or "\0" in file or file.startswith("."):
+        raise Damaged(f"the snapshot names an odd memory file: {name[:80]!r}")
+    return name
+
+
+def _publish(root: str, memory_root: str, folder: str, manifest: Manifest, document: bytes) -> LocalSnapshot:
+    path = os.path.join(root, manifest.name)
+    write_durably(os.path.join(folder, MANIFEST), document)
+    LocalSnapshot(folder, memory_root, manifest, document).seal()
+    try:
+        os.rename(folder, path)
+    except OSError as e:
+        raise BadUsage(f"there is a snapshot {manifest.name} already: choose another name") from e
+    _sync(root)
+    return LocalSnapshot(path, memory_root, manifest, document)
 
 
 def _remove_tree(path: str) -> None:
@@ -320,20 +485,51 @@ def _advice(name: str) -> str:
     return f"`hotstart snapshot verify --repair {name}` mends it from the store, if that has a good copy"
 
 
-def digest_file(fd: int) -> tuple[str, ...]:
-    """BLAKE3 digests of each MiB of an open file."""
-    chunks = []
-    offset = 0
-    while data := os.pread(fd, CHUNK_BYTES, offset):
-        chunks.append(digest_of(data))
-        offset += len(data)
-    return tuple(chunks)
+def digest_spans(data: mmap.mmap, spans: list[tuple[int, int]], progress: Progress) -> list[Extent]:
+    """Cut spans of a mapped memory file into chunks and digest them, with a thread per core."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    view = memoryview(data)
+    cores = os.cpu_count() or 1
+
+    def digest(batch: list[tuple[int, int]]) -> list[Extent]:
+        extents = [Extent(at, length, digest_of(view[at : at + length])) for at, length in batch]
+        progress(sum(length for _, length in batch))
+        return extents
+
+    extents: list[Extent] = []
+    with ThreadPoolExecutor(cores) as threads:
+        for start, length in spans:
+            pieces = list(cut(view, start, length))
+            batches = [pieces[i : i + 64] for i in range(0, len(pieces), 64)]
+            for found in threads.map(digest, batches):
+                extents += found
+    return extents
+
+
+def _has_chunks(fd: int, chunks: tuple[Chunk, ...]) -> bool:
+    at = 0
+    for chunk in chunks:
+        data = os.pread(fd, chunk.length, at)
+        if len(data) != chunk.length or digest_of(data) != chunk.digest:
+            return False
+        at += chunk.length
+    return at == os.fstat(fd).st_size
 
 
 def describe_file(folder: str, path: str) -> File:
-    """Digest a file of a snapshot."""
+    """Cut a file of a snapshot into chunks and digest them."""
     with open(os.path.join(folder, path), "rb") as f:
-        return File(path, os.fstat(f.fileno()).st_size, digest_file(f.fileno()))
+        size = os.fstat(f.fileno()).st_size
+        if not size:
+            return File(path, 0, ())
+        if size <= LEAST_CHUNK_BYTES:
+            data = f.read()
+            return File(path, size, (Chunk(digest_of(data), size),))
+        with _mapped(f.fileno(), size) as mapped:
+            view = memoryview(mapped)
+            pieces = list(cut(view, 0, size, keep_zeros=True))
+            return File(path, size, tuple(Chunk(digest_of(view[at : at + n]), n) for at, n in pieces))
 
 
 def data_spans(fd: int, end: int, start: int = 0) -> list[tuple[int, int]]:
@@ -353,9 +549,14 @@ def data_spans(fd: int, end: int, start: int = 0) -> list[tuple[int, int]]:
     return spans
 
 
-def _is_zero(fd: int, view: memoryview, start: int, end: int) -> bool:
-    """Say whether a span of a mapped file reads as zeros; holes are not looked at."""
-    return not any(list(chunk_extents(view, data_spans(fd, end, start))))
+def _is_zero(fd: int, start: int, end: int) -> bool:
+    """Say whether a span of a file reads as zeros; holes are not looked at."""
+    for at, length in data_spans(fd, end, start):
+        for offset in range(at, at + length, _READ_BYTES):
+            data = os.pread(fd, min(_READ_BYTES, at + length - offset), offset)
+            if data != bytes(len(data)):
+                return False
+    return True
 
 
 def write_durably(path: str, data: bytes) -> None:
@@ -368,8 +569,8 @@ def write_durably(path: str, data: bytes) -> None:
     os.replace(aside, path)
 
 
-def _sync(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -1,98 +1,269 @@
-"""Packs: many chunks in one immutable object (docs/format.md). Building one, and the table of where chunks are."""
+"""Packs: many chunks in one immutable object, and tables of places, which say where a snapshot's chunks are (docs/format.md)."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from msgspec import Struct
 
 from hotstart.errors import Damaged
-from hotstart.store.content import digest_of
-from hotstart.store.port import Missing, Store
+from hotstart.snapshot.manifest import MOST_CHUNK_BYTES
+from hotstart.store.content import PAGE_BYTES, digest_of
+from hotstart.store.port import Bytes, Store
 
 PACK_BYTES = 64 << 20
+RAW, ZSTD = 0, 1
+ZSTD_LEVEL = 1
+_WORTH_IT = 0.93  # of its length: a chunk that shrinks less is stored as it is, and read without a copy
+_SAMPLE_BYTES = 4096
 _MAGIC = b"HSPACK1\0"
-_ALIGN = 4096
+_END_MAGIC = b"HSPACKE\0"
+_HEADER = struct.Struct("<8sII16s16s")
+_RECORD = struct.Struct("<32sQIIHH")
+_FOOTER = struct.Struct("<II8s")
 _PLACES_MAGIC = b"HSPLACE1"
-_PLACE = struct.Struct("<32s32sQQQ")
-CODEC_RAW = 0
+_PLACES_HEAD = struct.Struct("<II")
+_PACK = struct.Struct("<32sI16s16s")
+_PLACE = struct.Struct("<32sIQIIHH")
+_ENCRYPTED = 1
+NO_SET = ""
+
+
+class Sealing(Struct, frozen=True):
+    """How a pack is encrypted: the set of data keys and the pack's salt, 16 bytes each, in hex. Both empty: it is not."""
+
+    key_set: str = NO_SET
+    salt: str = NO_SET
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether it is."""
+        return bool(self.key_set)
+
+
+NOT_SEALED = Sealing()
+
+
+class Cipher(Protocol):
+    """Encrypts the chunks of one pack (store/encryption.py)."""
+
+    def seal(self, ordinal: int, digest: str, data: Bytes) -> bytes:
+        """Encrypt a chunk; `ordinal` is its position in the pack, used once."""
+
+    def open(self, ordinal: int, digest: str, data: Bytes) -> bytes:
+        """Decrypt it. Raises Damaged."""
 
 
 class Place(Struct, frozen=True):
-    """Where a chunk is: pack digest, position and stored length in it, codec."""
+    """Where a chunk is: pack, position and bytes stored in it, its own length, codec."""
 
     pack: str
     position: int
     stored_bytes: int
+    length: int
     codec: int
+    sealing: Sealing = NOT_SEALED
 
 
-class PackWriter:
-    """Gathers chunks into packs and writes each as it is full. Chunks in `known` are there already."""
+# ---- codecs
 
-    def __init__(
-        self, store: Store, known: Mapping[str, Place], progress: Callable[[int], None] = lambda _: None
-    ) -> None:
-        self.places: dict[str, Place] = dict(known)
-        self.written_bytes = 0
-        self._store = store
-        self._progress = progress
-        self._buffer = bytearray(_MAGIC)
-        self._waiting: list[tuple[str, int, int]] = []
 
-    def add(self, digest: str, data: bytes | memoryview) -> None:
-        """Add a chunk, unless it is there already."""
-        if digest in self.places:
-            self._progress(len(data))
-            return
-        self._buffer += bytes(-len(self._buffer) % _ALIGN)
-        self._waiting.append((digest, len(self._buffer), len(data)))
-        self.places[digest] = Place("", 0, 0, CODEC_RAW)  # in this pack; its digest is known at the flush
-        self._buffer += data
-        if len(self._buffer) >= PACK_BYTES:
-            self.flush()
+class Codec:
+    """zstd, one thread's. Nothing that was stored is unpacked to more than a chunk may have."""
 
-    def flush(self) -> None:
-        """Write the pack that is being filled."""
-        if not self._waiting:
-            return
-        pack = digest_of(self._buffer)
-        if self._store.write(f"packs/{pack}", bytes(self._buffer)):
-            self.written_bytes += len(self._buffer)
-        for digest, position, length in self._waiting:
-            self.places[digest] = Place(pack, position, length, CODEC_RAW)
-            self._progress(length)
-        self._buffer, self._waiting = bytearray(_MAGIC), []
+    def __init__(self, *, compress: bool = True) -> None:
+        import zstandard
+
+        self._compress = compress
+        self._compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=False, write_checksum=False)
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._error = zstandard.ZstdError
+
+    def encode(self, data: Bytes) -> tuple[int, Bytes]:
+        """Return codec and bytes: whatever is worth it. Samples decide first: weights do not shrink, and trying costs time."""
+        if not self._compress or (len(data) >= 8 * _SAMPLE_BYTES and not self._shrinks(_sample(data))):
+            return RAW, data
+        packed = self._compressor.compress(data)
+        return (ZSTD, packed) if len(packed) < len(data) * _WORTH_IT else (RAW, data)
+
+    def _shrinks(self, data: bytes) -> bool:
+        return len(self._compressor.compress(data)) < len(data) * _WORTH_IT
+
+    def decode(self, codec: int, data: Bytes, length: int) -> Bytes:
+        """Return the chunk's own bytes. Raises Damaged."""
+        if codec == RAW:
+            return data
+        if codec != ZSTD:
+            raise Damaged(f"a chunk has codec {codec}, which this hotstart does not know: update it")
+        try:
+            return self._decompressor.decompress(data, max_output_size=length)
+        except self._error as e:
+            raise Damaged("a compressed chunk is damaged") from e
+
+
+def _sample(data: Bytes) -> bytes:
+    view = memoryview(data)
+    step = len(view) // 4 // PAGE_BYTES * PAGE_BYTES
+    return b"".join(view[i * step : i * step + _SAMPLE_BYTES] for i in range(4))
+
+
+# ---- packs
+
+
+class Encoded(Struct, frozen=True):
+    """A chunk ready to be stored: digest, its own length, codec, bytes."""
+
+    digest: str
+    length: int
+    codec: int
+    data: Bytes
+
+
+class Pack:
+    """A pack that is being filled. Its name is the digest of its header and table, which holds the digest of every chunk."""
+
+    def __init__(self, sealing: Sealing = NOT_SEALED, cipher: Cipher | None = None) -> None:
+        self._sealing, self._cipher = sealing, cipher
+        self._parts: list[Bytes] = [
+            _HEADER.pack(
+                _MAGIC,
+                _ENCRYPTED if sealing.encrypted else 0,
+                0,
+                bytes.fromhex(sealing.key_set).ljust(16, b"\0"),
+                bytes.fromhex(sealing.salt).ljust(16, b"\0"),
+            )
+        ]
+        self.size_bytes = _HEADER.size
+        self._records: list[tuple[str, int, int, int, int]] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether it should be closed."""
+        return self.size_bytes >= PACK_BYTES
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds no chunk."""
+        return not self._records
+
+    def add(self, chunk: Encoded) -> None:
+        """Append a chunk; one that is neither compressed nor encrypted begins at a page, so that it can be mapped or cloned."""
+        if chunk.codec == RAW and self._cipher is None:
+            padding = -self.size_bytes % PAGE_BYTES
+            if padding:
+                self._append(bytes(padding))
+        at = self.size_bytes
+        data = chunk.data if self._cipher is None else self._cipher.seal(at, chunk.digest, chunk.data)
+        self._records.append((chunk.digest, at, len(data), chunk.length, chunk.codec))
+        self._append(data)
+
+    def _append(self, data: Bytes) -> None:
+        self._parts.append(data)
+        self.size_bytes += len(data)
+
+    def write(self, store: Store) -> tuple[dict[str, Place], int]:
+        """Store it; returns the places of its chunks and the bytes that this added to the store."""
+        records = b"".join(
+            _RECORD.pack(bytes.fromhex(digest), position, stored, length, codec, 0)
+            for digest, position, stored, length, codec in self._records
+        )
+        header = bytes(self._parts[0])
+        name = digest_of(header + records)
+        table = records + _FOOTER.pack(len(self._records), 0, _END_MAGIC)
+        added = store.write(f"packs/{name}", *self._parts, table)
+        places = {
+            digest: Place(name, position, stored, length, codec, self._sealing)
+            for digest, position, stored, length, codec in self._records
+        }
+        return places, self.size_bytes + len(table) if added else 0
+
+
+def read_pack_table(store: Store, name: str, size_bytes: int) -> dict[str, Place]:
+    """Read the places of a pack's chunks from the pack itself. Raises Damaged, Missing."""
+    key = f"packs/{name}"
+    header = store.read(key, 0, _HEADER.size)
+    footer = store.read(key, max(0, size_bytes - _FOOTER.size), _FOOTER.size)
+    if len(header) != _HEADER.size or len(footer) != _FOOTER.size:
+        raise Damaged(f"pack {name[:12]} is too short")
+    magic, flags, _, key_set, salt = _HEADER.unpack(header)
+    count, _, end_magic = _FOOTER.unpack(footer)
+    start = size_bytes - _FOOTER.size - count * _RECORD.size
+    if magic != _MAGIC or end_magic != _END_MAGIC or start < _HEADER.size:
+        raise Damaged(f"pack {name[:12]} is no pack")
+    records = store.read(key, start, count * _RECORD.size)
+    if digest_of(header + records) != name:
+        raise Damaged(f"the table of pack {name[:12]} is damaged")
+    sealing = Sealing(key_set.hex(), salt.hex()) if flags & _ENCRYPTED else NOT_SEALED
+    return {
+        digest.hex(): Place(name, position, stored, length, codec, sealing)
+        for digest, position, stored, length, codec, _ in _RECORD.iter_unpack(records)
+    }
+
+
+# ---- places
 
 
 def encode_places(places: Mapping[str, Place]) -> bytes:
-    """Return the table of where a snapshot's chunks are."""
-    return _PLACES_MAGIC + b"".join(
-        _PLACE.pack(bytes.fromhex(digest), bytes.fromhex(p.pack), p.position, p.stored_bytes, p.codec)
-        for digest, p in sorted(places.items())
+    """Return the table of where a snapshot's chunks are: its packs, then its chunks by digest."""
+    packs = {p.pack: p.sealing for p in places.values()}
+    number = {pack: i for i, pack in enumerate(sorted(packs))}
+    return b"".join(
+        (
+            _PLACES_MAGIC,
+            _PLACES_HEAD.pack(len(packs), len(places)),
+            *(_encode_pack(pack, packs[pack]) for pack in number),
+            *(
+                _PLACE.pack(bytes.fromhex(digest), number[p.pack], p.position, p.stored_bytes, p.length, p.codec, 0)
+                for digest, p in sorted(places.items())
+            ),
+        )
+    )
+
+
+def _encode_pack(pack: str, sealing: Sealing) -> bytes:
+    return _PACK.pack(
+        bytes.fromhex(pack),
+        _ENCRYPTED if sealing.encrypted else 0,
+        bytes.fromhex(sealing.key_set).ljust(16, b"\0"),
+        bytes.fromhex(sealing.salt).ljust(16, b"\0"),
     )
 
 
 def decode_places(data: bytes) -> dict[str, Place]:
     """Read a table of places. Raises Damaged; what it leads to is verified by digest in any case."""
-    body = data[len(_PLACES_MAGIC) :]
-    if not data.startswith(_PLACES_MAGIC) or len(body) % _PLACE.size:
+    head = len(_PLACES_MAGIC) + _PLACES_HEAD.size
+    if not data.startswith(_PLACES_MAGIC) or len(data) < head:
         raise Damaged("the store's table of places is damaged")
-    return {
-        digest.hex(): Place(pack.hex(), position, stored, codec)
-        for digest, pack, position, stored, codec in _PLACE.iter_unpack(body)
-    }
+    n_packs, n_chunks = _PLACES_HEAD.unpack_from(data, len(_PLACES_MAGIC))
+    middle = head + n_packs * _PACK.size
+    if len(data) != middle + n_chunks * _PLACE.size:
+        raise Damaged("the store's table of places is damaged")
+    packs = [
+        (pack.hex(), Sealing(key_set.hex(), salt.hex()) if flags & _ENCRYPTED else NOT_SEALED)
+        for pack, flags, key_set, salt in _PACK.iter_unpack(data[head:middle])
+    ]
+    places = {}
+    for digest, number, position, stored, length, codec, _ in _PLACE.iter_unpack(data[middle:]):
+        if number >= n_packs or length > MOST_CHUNK_BYTES or stored > 2 * MOST_CHUNK_BYTES:
+            raise Damaged("the store's table of places is damaged")
+        places[digest.hex()] = Place(packs[number][0], position, stored, length, codec, packs[number][1])
+    return places
 
 
-def read_chunk(store: Store, digest: str, place: Place | None) -> bytes:
-    """Read one chunk and verify it. Raises Damaged if what is there is anything else, or nothing."""
-    if place is None or place.codec != CODEC_RAW:
-        raise Damaged(f"chunk {digest[:12]} has no place in the store")
-    try:
-        data = store.read(f"packs/{place.pack}", place.position, place.stored_bytes)
-    except Missing as e:
-        raise Damaged(f"pack {place.pack[:12]} of chunk {digest[:12]} is gone from the store") from e
-    if len(data) != place.stored_bytes or digest_of(data) != digest:
+def open_chunk(digest: str, place: Place, data: Bytes, codec: Codec, cipher: Cipher | None) -> Bytes:
+    """Return a chunk's bytes, verified, from what is stored of it. Raises Damaged if that is anything else."""
+    if len(data) != place.stored_bytes:
+        raise Damaged(f"pack {place.pack[:12]} is shorter than the places of its chunks say")
+    if cipher is not None:
+        data = cipher.open(place.position, digest, data)
+    chunk = codec.decode(place.codec, data, place.length)
+    if len(chunk) != place.length or digest_of(chunk) != digest:
         raise Damaged(f"chunk {digest[:12]} in pack {place.pack[:12]} is damaged")
-    return data
+    return chunk
+
+
+def packs_of(places: Iterable[Place]) -> set[str]:
+    """Names of the packs that some places are in."""
+    return {p.pack for p in places}

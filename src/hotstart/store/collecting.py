@@ -1,0 +1,88 @@
+"""Removing from a store: names at once, the objects that nothing leads to any more when nobody can be relying on them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from msgspec import Struct
+
+from hotstart.errors import Damaged
+from hotstart.store.leases import COLLECT, PULL, Lease
+from hotstart.store.packs import packs_of
+from hotstart.store.repository import Repository
+
+
+class Collected(Struct, frozen=True):
+    """What a collection removed. `waiting_for`: why it removed nothing or not all, in words; empty if it did all there was."""
+
+    objects: int = 0
+    freed_bytes: int = 0
+    waiting_for: str = ""
+
+
+def unpublish(repository: Repository, name: str) -> Collected:
+    """Remove a name, so that nobody begins to use it, then what only it led to. One that is not there is fine."""
+    repository.store.delete(f"names/{name}")
+    return collect(repository)
+
+
+def collect(repository: Repository, *, only_look: bool = False) -> Collected:
+    """Remove every object that no name leads to: mark and sweep. Safe beside pushes, pulls and other collections."""
+    with repository.leases.take(COLLECT) as lease:
+        others = repository.leases.others(lease)
+        busy = [held for held in others if held.purpose != PULL]
+        if busy:
+            what = "another collection" if busy[0].purpose == COLLECT else "an upload"
+            return Collected(waiting_for=f"{what} is under way in the store")
+        return _sweep(repository, lease, {held.subject for held in others}, only_look=only_look)
+
+
+def _sweep(repository: Repository, lease: Lease, pulled: set[str], *, only_look: bool) -> Collected:
+    store = repository.store
+    roots, doubt = set(pulled), ""
+    for name in repository.names():
+        try:
+            roots.add(repository.digest_named(name))
+        except Damaged:
+            doubt = f"the name {name} is damaged: nothing was removed, remove that snapshot first"
+    used: set[str] = set()
+    for digest in roots:
+        try:
+            used |= packs_of(repository.places_of(digest).values())
+        except Damaged as e:
+            if digest not in pulled:
+                doubt = f"{e}: packs are kept"
+    if doubt.startswith("the name"):
+        return Collected(waiting_for=doubt)
+    objects = freed = 0
+    # Packs last: as long as a table leads to them, an interrupted sweep is one that has not happened.
+    for prefix in ("manifests/", "signatures/", "places/", "packs/"):
+        for key, size in list(store.list(prefix)):
+            subject = key.removeprefix(prefix).partition("/")[0]
+            keep = subject in used if prefix == "packs/" else subject in roots
+            if keep or (prefix == "packs/" and doubt):
+                continue
+            objects, freed = objects + 1, freed + size
+            if not only_look:
+                lease.renew()
+                store.delete(key)
+    return Collected(objects, freed, doubt)
+
+
+def snapshot_sizes(repository: Repository) -> dict[str, tuple[int, int]]:
+    """For each name: bytes stored of its chunks, and of those that no other snapshot has."""
+    tables = {}
+    for name in repository.names():
+        with suppress(Damaged):
+            tables[name] = repository.places_of(repository.digest_named(name))
+    uses: dict[str, int] = {}
+    for places in tables.values():
+        for digest in places:
+            uses[digest] = uses.get(digest, 0) + 1
+    return {
+        name: (
+            sum(p.stored_bytes for p in places.values()),
+            sum(p.stored_bytes for d, p in places.items() if uses[d] == 1),
+        )
+        for name, places in tables.items()
+    }

@@ -1,0 +1,70 @@
+"""Mending a stored snapshot from a good copy: what is damaged is stored anew, for every snapshot that has it, nothing else touched."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from hotstart.errors import BadUsage, Damaged, NotFound, Refused
+from hotstart.store.content import digest_of
+from hotstart.store.local import Progress, no_progress
+from hotstart.store.packs import Place
+from hotstart.store.port import Missing
+from hotstart.store.publishing import Source, known_places, pushing, sign, store_pieces
+from hotstart.store.pulling import damaged_chunks
+from hotstart.store.repository import Repository
+
+
+def mend(source: Source, repository: Repository, progress: Progress = no_progress) -> int:
+    """Make the stored copy of a snapshot good again from `source`; returns how many chunks were damaged.
+
+    Raises BadUsage if the store's name means another snapshot. Interrupted at any step, it leaves no more damage than there was.
+    """
+    name, digest = source.manifest.name, digest_of(source.document)
+    pieces = {piece.digest: piece for piece in source.pieces()}
+    with pushing(repository) as lease:
+        _require_same(repository, name, digest)
+        known = known_places(repository)
+        with suppress(Damaged):
+            known |= repository.places_of(digest)
+        bad = damaged_chunks(repository, {d: p.length for d, p in pieces.items()}, known, progress)
+        good = {d: p for d, p in known.items() if d not in bad}
+        stored, _ = store_pieces(repository, (pieces[d] for d in bad), good, lease, progress)
+        new = {d: stored[d] for d in bad}
+        repository.write_places(digest, {d: new.get(d) or known[d] for d in pieces})
+        for other in {key.split("/")[1] for key, _ in list(repository.store.list("places/"))} - {digest}:
+            _lead_to(repository, other, new)
+        if not _reads(repository, f"manifests/{digest}", digest):
+            repository.store.delete(f"manifests/{digest}")
+            repository.write_document(f"manifests/{digest}", digest, source.document)
+        try:
+            repository.find(name)
+        except (Damaged, NotFound):
+            repository.store.delete(f"names/{name}")
+            repository.store.write(f"names/{name}", digest.encode())
+        except Refused:  # signatures
+            pass
+        with suppress(Refused):
+            sign(repository, digest)
+    return len(bad)
+
+
+def _require_same(repository: Repository, name: str, digest: str) -> None:
+    try:
+        if repository.digest_named(name) != digest:
+            raise BadUsage(f"the store has another snapshot {name}: names are immutable")
+    except (Damaged, NotFound):
+        pass
+
+
+def _reads(repository: Repository, key: str, digest: str) -> bool:
+    with suppress(Missing, Damaged):
+        return digest_of(repository.read_document(key, digest)) == digest
+    return False
+
+
+def _lead_to(repository: Repository, other: str, new: dict[str, Place]) -> None:
+    """Let another snapshot's table lead to what was stored anew of its chunks."""
+    with suppress(Damaged):
+        table = repository.places_of(other)
+        if new.keys() & table.keys():
+            repository.write_places(other, {d: new.get(d, p) for d, p in table.items()})

@@ -1,0 +1,314 @@
+"""Pushing a snapshot into a store: reading, verifying, compressing, encrypting and writing overlap.
+
+Memory use is bounded whatever the snapshot's size: packs that are being written and the one that is being filled, 64 MiB each, and
+a few batches of chunks for each thread (`PEAK_BYTES`). A push that was killed goes on where it stopped: the packs that it wrote are
+found by their own tables.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Protocol
+
+from msgspec import Struct
+
+from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
+from hotstart.snapshot.manifest import Manifest
+from hotstart.store.content import digest_of
+from hotstart.store.leases import COLLECT, PUSH, Lease
+from hotstart.store.local import LocalSnapshot, Progress, no_progress
+from hotstart.store.packs import PACK_BYTES, Encoded, Pack, Place, packs_of, read_pack_table
+from hotstart.store.port import Bytes, Missing
+from hotstart.store.repository import Published, Repository
+
+WRITERS = 3
+BATCH_BYTES = 4 << 20
+_WAIT_FOR_COLLECTION_S = 600.0
+PEAK_BYTES = (WRITERS + 1) * PACK_BYTES + 4 * (os.cpu_count() or 1) * BATCH_BYTES
+
+
+class Piece(Struct, frozen=True):
+    """A chunk of the snapshot that is pushed: digest, length, and how to read it."""
+
+    digest: str
+    length: int
+    read: Callable[[], Bytes]
+
+
+class Source(Protocol):
+    """A snapshot that can be pushed: a local one, or one in another store."""
+
+    document: bytes
+    manifest: Manifest
+
+    def pieces(self) -> Iterator[Piece]:
+        """Give every chunk in the order in which it should be stored."""
+
+    def require(self) -> None:
+        """Raise NotFound if the snapshot was removed meanwhile."""
+
+
+class LocalSource:
+    """Reads a local snapshot's files. Use it as a context."""
+
+    def __init__(self, local: LocalSnapshot) -> None:
+        if not local.digested:
+            raise BadUsage(f"snapshot {local.manifest.name} is not digested yet")
+        self.document, self.manifest = local.document, local.manifest
+        self._local, self._stack = local, ExitStack()
+
+    def __enter__(self) -> LocalSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def require(self) -> None:
+        """Raise NotFound if the snapshot was removed meanwhile."""
+        if not os.path.isdir(self._local.folder):
+            raise NotFound(f"snapshot {self.manifest.name} was removed while it was being stored")
+
+    def pieces(self) -> Iterator[Piece]:
+        """Give every chunk: files, then memory."""
+        for file in self.manifest.files:
+            fd, at = self._open(self._local.path(file.path)), 0
+            for chunk in file.chunks:
+                yield Piece(chunk.digest, chunk.length, partial(os.pread, fd, chunk.length, at))
+                at += chunk.length
+        for memory in self.manifest.memory:
+            fd = self._open(self._local.memory_path(memory.name))
+            for extent in self._local.extents(memory):
+                yield Piece(extent.digest, extent.length, partial(os.pread, fd, extent.length, extent.offset))
+
+    def _open(self, path: str) -> int:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise Damaged(f"{path} of snapshot {self.manifest.name} cannot be read: {e.strerror}") from e
+        self._stack.callback(os.close, fd)
+        return fd
+
+
+class StoredSource:
+    """Reads a snapshot out of another store."""
+
+    def __init__(self, repository: Repository, name: str) -> None:
+        found: Published = repository.find(name)
+        self.document, self.manifest = found.document, found.manifest
+        self._repository, self._places = repository, repository.places_of(found.digest)
+
+    def require(self) -> None:
+        """Nothing is removed under our lease."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Give every chunk: files, then memory."""
+        for file in self.manifest.files:
+            for chunk in file.chunks:
+                yield self._piece(chunk.digest, chunk.length)
+        for extents in self._repository.extents_of(self.manifest, self._places).values():
+            for extent in extents:
+                yield self._piece(extent.digest, extent.length)
+
+    def _piece(self, digest: str, length: int) -> Piece:
+        return Piece(digest, length, partial(self._repository.read_chunk, digest, self._places))
+
+
+def publish(source: Source, repository: Repository, progress: Progress = no_progress) -> int:
+    """Store a snapshot and return the bytes that this added. Raises BadUsage if its name means another one there.
+
+    What is stored was compared with its digest on the way. A signature is added if there is a keyring.
+    """
+    name, digest = source.manifest.name, digest_of(source.document)
+    with pushing(repository) as lease:
+        if _is_there(repository, name, digest):
+            return sign(repository, digest)
+        places, added = store_pieces(repository, source.pieces(), known_places(repository), lease, progress)
+        lease.require()
+        added += repository.write_places(digest, places)
+        added += repository.write_document(f"manifests/{digest}", digest, source.document)
+        added += sign(repository, digest)
+        source.require()
+        if not repository.store.write(f"names/{name}", digest.encode()) and not _is_there(repository, name, digest):
+            raise HotstartError(f"the name {name} vanished from the store while it was being written: try again")
+        _require_packs(repository, lease, name, packs_of(places.values()))
+        try:
+            source.require()
+        except NotFound:
+            repository.store.delete(f"names/{name}")
+            raise
+        return added + len(digest)
+
+
+def _is_there(repository: Repository, name: str, digest: str) -> bool:
+    """Whether the name leads to this snapshot. Raises BadUsage if it leads to another one."""
+    try:
+        found = repository.digest_named(name)
+    except NotFound:
+        return False
+    if found != digest:
+        raise BadUsage(f"the store has another snapshot {name}: names are immutable")
+    try:
+        return bool(repository.find(name))
+    except Damaged:
+        return False  # writing it again mends what can be mended
+
+
+def store_pieces(
+    repository: Repository, pieces: Iterable[Piece], known: Mapping[str, Place], lease: Lease, progress: Progress
+) -> tuple[dict[str, Place], int]:
+    """Store the chunks that are not known; returns the places of all of them, and the bytes that this added. Raises Damaged."""
+    packer = _Packer(repository, known, lease, progress)
+    try:
+        used = packer.run(pieces)
+    finally:
+        packer.close()
+    return {d: packer.places[d] for d in used}, packer.written_bytes
+
+
+def sign(repository: Repository, digest: str) -> int:
+    """Add our signature, if there is a keyring; returns the bytes that this added."""
+    if repository.keyring is None:
+        return 0
+    from hotstart.store.signing import key_id
+
+    signature = repository.keyring.signer().sign(digest)
+    data = signature.to_bytes()
+    return len(data) if repository.store.write(f"signatures/{digest}/{key_id(signature.key)}", data) else 0
+
+
+def _require_packs(repository: Repository, lease: Lease, name: str, needed: set[str]) -> None:
+    """After the name was written: if our lease was broken meanwhile, what it leads to may have been collected."""
+    try:
+        lease.require()
+    except HotstartError:
+        there = {key.removeprefix("packs/") for key, _ in repository.store.list("packs/")}
+        if needed <= there:
+            return
+        repository.store.delete(f"names/{name}")
+        raise
+
+
+@contextmanager
+def pushing(repository: Repository) -> Iterator[Lease]:
+    """Hold a lease for a push; waits while the store is being collected."""
+    deadline = time.monotonic() + _WAIT_FOR_COLLECTION_S
+    while True:
+        with repository.leases.take(PUSH) as lease:
+            if not any(held.purpose == COLLECT for held in repository.leases.others(lease)):
+                yield lease
+                return
+        if time.monotonic() > deadline:
+            raise HotstartError("the store is being collected for very long: try again later")
+        time.sleep(0.2)
+
+
+def known_places(repository: Repository) -> dict[str, Place]:
+    """Where all chunks in the store are: of every snapshot, and of packs that a killed push left.
+
+    A table that is damaged is passed over: its chunks are stored again.
+    """
+    places: dict[str, Place] = {}
+    for digest in {key.split("/")[1] for key, _ in repository.store.list("places/")}:
+        with suppress(Damaged):
+            places |= repository.places_of(digest)
+    packs = {key.removeprefix("packs/"): size for key, size in repository.store.list("packs/")}
+    known = packs_of(places.values())
+    for pack, size in packs.items():
+        if pack not in known:
+            with suppress(Damaged, Missing):
+                places |= read_pack_table(repository.store, pack, size)
+    return {d: p for d, p in places.items() if p.pack in packs and p.sealing.encrypted == repository.encrypts}
+
+
+class _Packer:
+    """Threads that read, verify and compress chunks; one that fills packs; threads that write them."""
+
+    def __init__(self, repository: Repository, known: Mapping[str, Place], lease: Lease, progress: Progress) -> None:
+        self.places: dict[str, Place] = dict(known)
+        self.written_bytes = 0
+        self._repository, self._lease, self._progress = repository, lease, progress
+        self._cores = os.cpu_count() or 1
+        self._encoders = ThreadPoolExecutor(self._cores)
+        self._writers = ThreadPoolExecutor(WRITERS)
+        self._encoding: deque[Future[list[Encoded]]] = deque()
+        self._writing: deque[Future[tuple[dict[str, Place], int]]] = deque()
+        self._pack = self._new_pack()
+
+    def run(self, pieces: Iterable[Piece]) -> set[str]:
+        """Store every chunk that is not known; returns the digests of all."""
+        used: set[str] = set()
+        batch: list[Piece] = []
+        size = 0
+        for piece in pieces:
+            if piece.digest in used:
+                self._progress(piece.length)
+                continue
+            used.add(piece.digest)
+            if piece.digest in self.places:
+                self._progress(piece.length)
+                continue
+            batch.append(piece)
+            size += piece.length
+            if size >= BATCH_BYTES:
+                self._submit(batch)
+                batch, size = [], 0
+        self._submit(batch)
+        while self._encoding:
+            self._fill(self._encoding.popleft().result())
+        self._write_pack()
+        while self._writing:
+            self._collect(self._writing.popleft())
+        return used
+
+    def close(self) -> None:
+        """End the threads; what they had not begun is dropped."""
+        self._encoders.shutdown(cancel_futures=True)
+        self._writers.shutdown(cancel_futures=True)
+
+    def _submit(self, batch: list[Piece]) -> None:
+        if batch:
+            self._encoding.append(self._encoders.submit(self._encode, batch))
+        while len(self._encoding) > 2 * self._cores:
+            self._fill(self._encoding.popleft().result())
+
+    def _encode(self, batch: list[Piece]) -> list[Encoded]:
+        codec, encoded = self._repository.codec(), []
+        for piece in batch:
+            data = piece.read()
+            if len(data) != piece.length or digest_of(data) != piece.digest:
+                raise Damaged(
+                    f"what chunk {piece.digest[:12]} is read from has changed since it was digested: nothing of it is published"
+                )
+            kind, packed = codec.encode(data)
+            encoded.append(Encoded(piece.digest, piece.length, kind, packed))
+        return encoded
+
+    def _fill(self, chunks: list[Encoded]) -> None:
+        for chunk in chunks:
+            self._pack.add(chunk)
+            if self._pack.full:
+                self._write_pack()
+        self._progress(sum(c.length for c in chunks))
+
+    def _write_pack(self) -> None:
+        if self._pack.empty:
+            return
+        while len(self._writing) >= WRITERS:
+            self._collect(self._writing.popleft())
+        self._lease.renew()
+        self._writing.append(self._writers.submit(self._pack.write, self._repository.store))
+        self._pack = self._new_pack()
+
+    def _collect(self, writing: Future[tuple[dict[str, Place], int]]) -> None:
+        places, added = writing.result()
+        self.places |= places
+        self.written_bytes += added
+
+    def _new_pack(self) -> Pack:
+        return Pack(*self._repository.new_sealing())

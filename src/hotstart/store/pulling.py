@@ -1,0 +1,276 @@
+"""Laying a stored snapshot out on this machine: read in parallel, every byte verified, each byte transferred once.
+
+A pull that was killed goes on where it stopped: what lies in its folder is compared with the digests, and only the rest is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
+
+from msgspec import Struct
+
+from hotstart.errors import Damaged, HotstartError
+from hotstart.snapshot.manifest import Manifest, MemoryFile
+from hotstart.store.content import Extent, decode_index, digest_of
+from hotstart.store.leases import PULL, Lease
+from hotstart.store.local import LocalSnapshot, LocalSnapshots, PartialPull, Progress, no_progress
+from hotstart.store.packs import Place
+from hotstart.store.port import Missing
+from hotstart.store.repository import Published, Repository
+
+READERS = 6
+RANGE_BYTES = 8 << 20
+GAP_BYTES = 128 << 10  # reading so much for nothing is cheaper than another request
+PEAK_BYTES = 2 * READERS * RANGE_BYTES * 2
+
+
+class Target(Struct, frozen=True):
+    """Where a chunk belongs: an open file and an offset in it."""
+
+    fd: int
+    offset: int
+
+
+Wanted = dict[str, list[Target]]
+
+
+class Run(Struct, frozen=True):
+    """Chunks of one pack that are read at once: digests and places in the order of positions."""
+
+    pack: str
+    start: int
+    length: int
+    chunks: tuple[tuple[str, Place], ...]
+
+
+def plan_runs(wanted: Iterable[str], places: Mapping[str, Place]) -> Iterator[Run]:
+    """Join chunks that lie close together into ranges of at most RANGE_BYTES. Raises Damaged for a chunk without a place."""
+    located = []
+    for digest in wanted:
+        place = places.get(digest)
+        if place is None:
+            raise Damaged(f"chunk {digest[:12]} has no place in the store")
+        located.append((place.pack, place.position, digest, place))
+    run: list[tuple[str, Place]] = []
+    pack, start, end = "", 0, 0
+    for name, position, digest, place in sorted(located, key=lambda entry: entry[:3]):
+        stop = position + place.stored_bytes
+        if run and (name != pack or position - end > GAP_BYTES or stop - start > RANGE_BYTES):
+            yield Run(pack, start, end - start, tuple(run))
+            run = []
+        if not run:
+            pack, start, end = name, position, position
+        run.append((digest, place))
+        end = max(end, stop)
+    if run:
+        yield Run(pack, start, end - start, tuple(run))
+
+
+def pull(
+    name: str, repository: Repository, snapshots: LocalSnapshots, progress: Progress = no_progress
+) -> LocalSnapshot:
+    """Make a local snapshot of a published one. Raises NotFound, Refused, Damaged.
+
+    Of several that pull one snapshot at once, here or in other processes, one does and the others wait for it.
+    """
+    found = repository.find(name)
+    with snapshots.begin_pull(name, found.digest) as partial:
+        if partial.done:
+            return partial.done
+        with _leased(repository, found.digest) as lease:
+            try:
+                return _lay_out(found, repository, partial, lease, progress)
+            except Damaged:
+                partial.forget()
+                raise
+
+
+@contextmanager
+def _leased(repository: Repository, digest: str) -> Iterator[Lease | None]:
+    """Hold a lease, so that nothing is removed while we read; a store that we may not write to has nobody collect it either."""
+    with ExitStack() as stack:
+        lease = None
+        with suppress(HotstartError):
+            lease = stack.enter_context(repository.leases.take(PULL, digest))
+        yield lease
+
+
+def _lay_out(
+    found: Published,
+    repository: Repository,
+    partial: PartialPull,
+    lease: Lease | None,
+    progress: Progress,
+) -> LocalSnapshot:
+    manifest = found.manifest
+    places = repository.places_of(found.digest)
+    transfer = _Transfer(repository, places, lease, progress)
+    with ExitStack() as stack:
+        stack.callback(transfer.close)
+        wanted: Wanted = {}
+        for file in manifest.files:
+            path = partial.file_path(file.path)
+            fd = stack.enter_context(_open_sized(path, file.size_bytes))
+            if sum(c.length for c in file.chunks) != file.size_bytes:
+                raise Damaged(f"the chunks of {file.path} are not as long as the file")
+            at = 0
+            for chunk in file.chunks:
+                transfer.want(wanted, chunk.digest, chunk.length, Target(fd, at))
+                at += chunk.length
+        transfer.run(wanted)
+        wanted = {}
+        fds = []
+        for memory, extents in _extents(manifest, partial):
+            fd = stack.enter_context(_open_sized(partial.memory_path(memory.name), memory.size_bytes))
+            fds.append(fd)
+            for extent in extents:
+                transfer.want(wanted, extent.digest, extent.length, Target(fd, extent.offset))
+        transfer.run(wanted)
+        for fd in fds:
+            os.fsync(fd)
+            os.fchmod(fd, 0o444)
+    return partial.publish(found.document, manifest)
+
+
+def _extents(manifest: Manifest, partial: PartialPull) -> Iterator[tuple[MemoryFile, list[Extent]]]:
+    named = {f.path for f in manifest.files}
+    for memory in manifest.memory:
+        if memory.index not in named:
+            raise Damaged(f"memory file {memory.name} has no index")
+        with open(partial.file_path(memory.index), "rb") as f:
+            yield memory, decode_index(f.read(), memory.data_end)
+
+
+@contextmanager
+def _open_sized(path: str, size_bytes: int) -> Iterator[int]:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        if os.fstat(fd).st_size != size_bytes:
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, size_bytes)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class _Transfer:
+    """Threads that read ranges of packs, verify chunks and write them where they belong."""
+
+    def __init__(
+        self, repository: Repository, places: Mapping[str, Place], lease: Lease | None, progress: Progress
+    ) -> None:
+        self._repository, self._places, self._lease, self._progress = repository, places, lease, progress
+        self._threads = ThreadPoolExecutor(READERS)
+
+    def want(self, wanted: Wanted, digest: str, length: int, target: Target) -> None:
+        """Ask for a chunk, unless it lies there already. Raises Damaged."""
+        place = self._places.get(digest)
+        if place is None or place.length != length:
+            raise Damaged(f"chunk {digest[:12]} has no place in the store, or another length there")
+        there = os.pread(target.fd, length, target.offset) if _has_data(target.fd, target.offset) else b""
+        if len(there) == length and digest_of(there) == digest:
+            self._progress(length)
+            return
+        wanted.setdefault(digest, []).append(target)
+
+    def run(self, wanted: Wanted) -> None:
+        """Read all that is wanted; at most twice as many ranges as threads are under way."""
+        pending: set[Future[int]] = set()
+        for run in plan_runs(wanted, self._places):
+            while len(pending) >= 2 * READERS:
+                pending = self._collect(pending)
+            pending.add(self._threads.submit(self._read, run, wanted))
+        while pending:
+            pending = self._collect(pending)
+
+    def _collect(self, pending: set[Future[int]]) -> set[Future[int]]:
+        done, rest = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            self._progress(future.result())
+        if self._lease:
+            with suppress(HotstartError):
+                self._lease.renew()
+        return rest
+
+    def _read(self, run: Run, wanted: Wanted) -> int:
+        try:
+            data = memoryview(self._repository.store.read(f"packs/{run.pack}", run.start, run.length))
+        except Missing as e:
+            raise Damaged(f"pack {run.pack[:12]} is gone from the store") from e
+        written = 0
+        for digest, place in run.chunks:
+            at = place.position - run.start
+            chunk = self._repository.open_chunk(digest, place, data[at : at + place.stored_bytes])
+            for target in wanted[digest]:
+                if os.pwrite(target.fd, chunk, target.offset) != len(chunk):
+                    raise OSError(28, os.strerror(28))
+                written += len(chunk)
+        return written
+
+    def close(self) -> None:
+        """End the threads; what they had not begun is dropped."""
+        self._threads.shutdown(cancel_futures=True)
+
+
+def _has_data(fd: int, offset: int) -> bool:
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) == offset
+    except OSError:  # ENXIO: nothing but a hole follows
+        return False
+
+
+def verify_stored(repository: Repository, name: str, progress: Progress = no_progress) -> int:
+    """Read and verify everything that a published snapshot consists of; return its bytes. Raises NotFound, Damaged."""
+    found = repository.find(name)
+    places = repository.places_of(found.digest)
+    chunks = {c.digest: c.length for file in found.manifest.files for c in file.chunks}
+    for extents in repository.extents_of(found.manifest, places).values():
+        chunks |= {e.digest: e.length for e in extents}
+    bad = damaged_chunks(repository, chunks, places, progress)
+    if bad:
+        digest, reason = next(iter(bad.items()))
+        raise Damaged(f"snapshot {name}: {reason} ({len(bad)} of {len(chunks)} chunks; the first is {digest[:12]})")
+    return sum(chunks.values())
+
+
+def damaged_chunks(
+    repository: Repository, chunks: Mapping[str, int], places: Mapping[str, Place], progress: Progress
+) -> dict[str, str]:
+    """Read chunks and return those that are not what they should be, each with the reason."""
+    bad = {d: "a chunk has no place in the store" for d in chunks if d not in places}
+
+    def check(run: Run) -> tuple[dict[str, str], int]:
+        found = {}
+        try:
+            data = memoryview(repository.store.read(f"packs/{run.pack}", run.start, run.length))
+        except Missing:
+            return {d: f"pack {run.pack[:12]} is gone from the store" for d, _ in run.chunks}, 0
+        for digest, place in run.chunks:
+            at = place.position - run.start
+            try:
+                chunk = repository.open_chunk(digest, place, data[at : at + place.stored_bytes])
+                if len(chunk) != chunks[digest]:
+                    raise Damaged(f"chunk {digest[:12]} has the wrong length")
+            except Damaged as e:
+                found[digest] = str(e)
+        return found, sum(p.length for _, p in run.chunks)
+
+    with ThreadPoolExecutor(READERS) as threads:
+        pending: set[Future[tuple[dict[str, str], int]]] = set()
+        for run in plan_runs((d for d in chunks if d in places), places):
+            if len(pending) >= 2 * READERS:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    found, size = future.result()
+                    bad |= found
+                    progress(size)
+            pending.add(threads.submit(check, run))
+        for future in pending:
+            found, size = future.result()
+            bad |= found
+            progress(size)
+    return bad
