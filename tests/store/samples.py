@@ -9,7 +9,7 @@ from hotstart.snapshot.manifest import Chunk, File, Manifest, MemoryFile, Proces
 from hotstart.store.content import digest_of
 from hotstart.store.leases import Holder, Leases
 from hotstart.store.local import LocalSnapshot, LocalSnapshots, data_spans, describe_file, no_progress
-from hotstart.store.packs import Codec, Encoded, Pack, Place, encode_places
+from hotstart.store.packs import Codec, Encoded, Pack, Place, encode_places, packs_of
 from hotstart.store.publishing import LocalSource, publish
 from hotstart.store.repository import Repository
 from tests.samples import a_manifest
@@ -106,9 +106,13 @@ def tree_of(folder) -> set[str]:
     return {os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names}
 
 
-def repository(store, *, keyring=None, read_key=None, clock=time.time, leases_in=None, pid=1) -> Repository:
-    """A store as one process of this machine sees it; no other process has ended."""
-    leases = Leases(leases_in or store, Holder("this boot", pid, 1), lambda _holder: False, clock)
+def repository(store, *, keyring=None, read_key=None, clock=time.time, leases_in=None, pid=0, ended=None) -> Repository:
+    """A store as a process of this machine sees it: this one, or the one with a pid of our choice. `ended`: which have."""
+
+    def gone(holder):
+        return holder.pid in ended if ended is not None else not os.path.exists(f"/proc/{holder.pid}")
+
+    leases = Leases(leases_in or store, Holder("this boot", pid or os.getpid(), 1), gone, clock)
     return Repository(store, leases, keyring, read_key)
 
 
@@ -121,6 +125,16 @@ def push(local, repo, progress=no_progress) -> int:
 def objects_of(store) -> dict[str, bytes]:
     """Every object of a store."""
     return {key: store.read(key) for key, _ in store.list("")}
+
+
+def garbage_of(repo) -> set[str]:
+    """Keys of objects that no name leads to, and of second tables of places."""
+    needed = {f"names/{name}" for name in repo.names()}
+    for digest in map(repo.digest_named, repo.names()):
+        needed |= {f"manifests/{digest}", *(key for key, _ in repo.store.list(f"signatures/{digest}/"))}
+        needed.add([key for key, _ in repo.store.list(f"places/{digest}/")][-1])
+        needed |= {f"packs/{pack}" for pack in packs_of(repo.places_of(digest).values())}
+    return {key for key, _ in repo.store.list("")} - needed
 
 
 def forge(store, manifest: Manifest, chunks: Iterable[bytes] = (), places: dict[str, Place] | None = None) -> str:
