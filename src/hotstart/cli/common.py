@@ -144,7 +144,12 @@ def worker_spec(options: argparse.Namespace, command: list[str]) -> WorkerSpec:
         raise BadUsage("--ready-timeout and --cpus must be more than 0")
     if options.ready_url and not options.ready_url.startswith("http://"):
         raise BadUsage(f"--ready-url takes http://..., not {options.ready_url!r}")
-    environment = {name: value for name, value in os.environ.items() if _is_utf8(name + value)}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        # The key of an encrypted store must not be in a snapshot, whose environment is not encrypted.
+        if _is_utf8(name + value) and not name.startswith("HOTSTART_STORE_KEY")
+    }
     for entry in options.env:
         name, equals, value = entry.partition("=")
         if not equals or not name:
