@@ -50,11 +50,13 @@ def main(arguments: list[str], _entered: float) -> int:
         "rm": _rm,
         "store": _store,
     }
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        raise BadUsage("no command: `hotstart snapshot --help` lists them")
+    if arguments[0] in ("-h", "--help"):
         print("usage: hotstart snapshot COMMAND ...\n")
         for name, summary in _SUMMARIES.items():
             print(f"  {name:<8} {summary}")
-        return 0 if arguments else 2
+        return 0
     if arguments[0] not in commands:
         raise BadUsage(f"no command `snapshot {arguments[0]}`: `hotstart snapshot --help` lists them")
     return commands[arguments[0]](arguments[1:])
@@ -82,6 +84,7 @@ def _create(arguments: list[str]) -> int:
     add_worker_options(p)
     before, command = split_command(arguments)
     options = p.parse_args(before)
+    check_name(options.name, "snapshot")
     if bool(options.source) == bool(command):
         raise BadUsage("say what to checkpoint: either --from NAME or -- COMMAND")
     if options.keep and command:
@@ -134,6 +137,7 @@ def _store(arguments: list[str]) -> int:
     p = _parser("store")
     p.add_argument("name", metavar="SNAP")
     options = p.parse_args(arguments)
+    check_name(options.name, "snapshot")
     progress = TerminalProgress(quiet=options.json)
     progress.stage("storing")
     added = store_snapshot(open_hotstart(), options.name, progress)
