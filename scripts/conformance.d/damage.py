@@ -173,8 +173,10 @@ def harmed_and_seen(bench, place, how):
             bad = contents(path)
             verified = hs("snapshot", "verify", "v")
             still = contents(path) == bad
-            if verified.code == DONE and still and not harmless(path, how):
+            if verified.code == DONE and still and not (how is os.unlink and path.parent.name == "names"):
                 said.append("verify passes it")
+            elif verified.code == DONE and still and (wrongly := not_called_unpublished(hs)):
+                said.append(wrongly)
             elif verified.code not in (DONE, REFUSED):
                 said.append(f"verify: {verified}")
             for attempt in (restores_rightly, *([repairs] if how is flip else [])):
@@ -187,9 +189,13 @@ def harmed_and_seen(bench, place, how):
     return wrong
 
 
-def harmless(path, how):
-    """Nobody reads a log, and a snapshot without a name in the store is one that has not been published yet."""
-    return path.suffix == ".log" or (how is os.unlink and path.parent.name == "names")
+def not_called_unpublished(hs):
+    """A snapshot without a name in the store is one that has not been published yet: verify and ls must say so."""
+    report = hs.json("snapshot", "verify", "v")
+    where = {each["snapshot"]: each["where"] for each in hs.json("snapshot", "ls")}
+    if (report["local"], report["stored"], where["v"]) != ("good", None, "local"):
+        return f"its name in the store is gone, and verify says {report}, ls {where}"
+    return None
 
 
 def repairs(hs):

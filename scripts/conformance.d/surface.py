@@ -96,11 +96,12 @@ for _command, _arguments in LATER.items():
     later(_command, _arguments)
 
 
-@check("hotstart alone says how it is used, as bad usage")
+@check("hotstart alone, and hotstart snapshot alone, are bad usage, in one line that says where help is")
 def _(bench):
-    done = bench.hs()
-    equal(done.code, 2, "the exit code")
-    expect("Traceback" not in done.err and "hotstart" in done.out + done.err, str(done))
+    for each in ([], ["snapshot"]):
+        done = bench.hs.refuses(2, *each)
+        expect(" ".join(["`hotstart", *each, "--help`"]) in done.err, str(done))
+        equal(done.out, "", "stdout")
 
 
 @check("an unknown command is bad usage, in one line")

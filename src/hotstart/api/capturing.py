@@ -108,7 +108,7 @@ def take_snapshot(
             hotstart_.wait_ready(starting)
             folder, state = starting.folder, starting.state()
         progressing.stage("warming up")
-        oracle = hotstart_.warm_up(folder.door, state.worker, options.warmup, options.oracle_ignore) or state.oracle
+        oracle = hotstart_.warm_up(state, folder.door, options.warmup, options.oracle_ignore) or state.oracle
         _require_room(hotstart_, state)
         ready = time.monotonic()
         progressing.stage("capturing")

@@ -13,6 +13,7 @@ from hotstart.cli.common import (
     process_start,
     say,
     seconds,
+    whole_number,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def main(arguments: list[str], _entered: float) -> int:
     started_clock = process_start()
     p = parser("restore", "Start replicas of a snapshot; return when each has answered as the warm worker did.")
     p.add_argument("snapshot", metavar="SNAP")
-    p.add_argument("--replicas", type=int, default=1, metavar="N", help="how many (1)")
+    p.add_argument("--replicas", type=whole_number, default=1, metavar="N", help="how many (1)")
     p.add_argument("--name", help="of the replica; of several, NAME-1, NAME-2, ...")
     p.add_argument(
         "--publish", metavar="[HOST:]PORT", help="host port; replicas take consecutive ones; 0 is any free port"
@@ -42,7 +43,7 @@ def main(arguments: list[str], _entered: float) -> int:
         publish,
         wait=not options.no_wait,
         note=say,
-        marks={"cli_start": time.monotonic()},
+        spans={"cli_start": (started_clock, time.monotonic())},
     )
     if options.json:
         print_json({"snapshot": options.snapshot, "replicas": [_as_json(r) for r in replicas]})

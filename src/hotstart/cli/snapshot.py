@@ -55,11 +55,13 @@ def main(arguments: list[str], _entered: float) -> int:
         "rm": _rm,
         **snapshot_store.COMMANDS,
     }
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        raise BadUsage("no command: `hotstart snapshot --help` lists them")
+    if arguments[0] in ("-h", "--help"):
         print("usage: hotstart snapshot COMMAND ...\n")
         for name, summary in _SUMMARIES.items():
             print(f"  {name:<8} {summary}")
-        return 0 if arguments else 2
+        return 0
     if arguments[0] not in commands:
         raise BadUsage(f"no command `snapshot {arguments[0]}`: `hotstart snapshot --help` lists them")
     code = commands[arguments[0]](arguments[1:])
@@ -90,6 +92,7 @@ def _create(arguments: list[str]) -> int:
     add_worker_options(p)
     before, command = split_command(arguments)
     options = p.parse_args(before)
+    check_name(options.name, "snapshot")
     if bool(options.source) == bool(command):
         raise BadUsage("say what to checkpoint: either --from NAME or -- COMMAND")
     if options.keep and command:
