@@ -22,6 +22,17 @@ class Missing(HotstartError):
         self.key = key
 
 
+class Busy(HotstartError):
+    """The store cannot do it just now: ask again, not before `retry_after_s` if the store said so.
+
+    What was asked for may have been done all the same: a lost answer to a write says nothing about the write.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class Store(Protocol):
     """Immutable objects under keys like 'packs/DIGEST'; several threads may use one store at once.
 
