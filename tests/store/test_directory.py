@@ -12,6 +12,7 @@ import pytest
 
 from hotstart.errors import HotstartError
 from hotstart.store.directory import DirectoryStore
+from hotstart.store.port import Missing
 from tests.conftest import skip_or_fail
 from tests.store.conformance import BAD_KEYS, StoreConformance
 
@@ -187,6 +188,24 @@ def test_a_store_that_cannot_be_written_says_so_in_one_line(root):
         DirectoryStore(str(root)).write("packs/" + "a" * 300, b"x")
     assert str(error.value) == f"the store at {root} cannot be written: File name too long"
     assert leftovers(root) == []
+
+
+def test_a_store_that_cannot_be_read_says_so_in_one_line(root):
+    """As a shared folder does whose server is gone: a read fails over to another store only for an error of ours."""
+    DirectoryStore(str(root)).write("a", b"x")
+    os.unlink(root / "a")
+    os.symlink("a", root / "a")  # a loop: any error that is not "missing"
+    with pytest.raises(HotstartError) as error:
+        DirectoryStore(str(root)).read("a")
+    assert str(error.value) == f"the store at {root} cannot be read: Too many levels of symbolic links"
+    assert not isinstance(error.value, Missing)
+
+
+def test_a_folder_of_objects_is_no_object(root):
+    store = DirectoryStore(str(root))
+    store.write("packs/a", b"x")
+    with pytest.raises(Missing):
+        store.read("packs")
 
 
 _FILL = """

@@ -28,8 +28,10 @@ class DirectoryStore:
             with open(self._path(key), "rb") as f:
                 f.seek(offset)
                 return f.read() if length is None else f.read(length)
-        except (FileNotFoundError, NotADirectoryError) as e:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
             raise Missing(key) from e
+        except OSError as e:
+            raise HotstartError(f"the store at {self._root} cannot be read: {e.strerror}") from e
 
     def write(self, key: str, *parts: Bytes) -> bool:
         """Create an object; link(2) fails if there is one, so the first of two writers wins and the other is told."""
