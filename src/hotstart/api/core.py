@@ -294,6 +294,7 @@ class Hotstart:
         name: str | None = None,
         publish: Publish | None = None,
         *,
+        environment: Mapping[str, str] | None = None,
         wait: bool = True,
         note: Callable[[str], None] = lambda _: None,
         progress: Progress = no_progress,
@@ -322,7 +323,7 @@ class Hotstart:
         if plan.refusals:
             raise Refused(f"snapshot {snapshot} cannot be restored here: {'; '.join(plan.refusals)}")
         measured = {**(spans or {}), "check": (began, time.monotonic())}
-        with RestoringReplicas(self, local, plan, wait=wait) as restoring:
+        with RestoringReplicas(self, local, plan, environment or {}, wait=wait) as restoring:
             started = restoring.start(replicas, name, publish, asked, measured)
         local.note_use()
         self.sweep()  # not before: it reads every manifest, and the clock was running

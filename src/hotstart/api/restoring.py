@@ -46,8 +46,11 @@ class Started(Struct, frozen=True):
 class RestoringReplicas:
     """Replicas that are being started; all of them are ended and forgotten if any fails."""
 
-    def __init__(self, hotstart: Hotstart, local: LocalSnapshot, plan: Plan, *, wait: bool) -> None:
+    def __init__(
+        self, hotstart: Hotstart, local: LocalSnapshot, plan: Plan, environment: Mapping[str, str], *, wait: bool
+    ) -> None:
         self._hotstart, self._local, self._plan, self._wait = hotstart, local, plan, wait
+        self._environment = environment
         self._folders: list[RunFolder] = []
         self._replicas: list[Replica] = []
         self._cgroups: list[tuple[str, ...]] = []
@@ -116,7 +119,7 @@ class RestoringReplicas:
         self._cgroups.append(make_cgroups(folder.path, worker.memory_bytes, worker.cpus))
         os.mkdir(folder.file("work"))
         with open(folder.file("identity"), "wb") as f:
-            f.write(identity_document(folder.name, "replica"))
+            f.write(identity_document(folder.name, "replica", self._environment))
         images_fd = os.open(self._local.path("images"), os.O_RDONLY | os.O_DIRECTORY)
         work_fd = os.open(folder.file("work"), os.O_RDONLY | os.O_DIRECTORY)
         self._stack.callback(os.close, images_fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
@@ -184,9 +185,11 @@ def write_identity(init_pid: int, name: str, kind: str) -> None:
         os.replace(f"{path}.aside", path)
 
 
-def identity_document(name: str, kind: str) -> bytes:
-    """What the SDK's resume hooks get."""
-    return f'{{"kind": "{kind}", "name": "{name}"}}'.encode()
+def identity_document(name: str, kind: str, environment: Mapping[str, str] | None = None) -> bytes:
+    """What the SDK's resume hooks get; the variables of `environment` are set before."""
+    from msgspec import json
+
+    return json.encode({"kind": kind, "name": name, "environment": environment or {}})
 
 
 def last_words(log_path: str) -> str:

@@ -12,10 +12,10 @@ from msgspec import Struct, json
 
 from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import start_ticks
-from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
+from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 from hotstart.snapshot.capture import REGIONS
 from hotstart.store.archive import ArchiveStore
-from hotstart.store.collecting import collect, snapshot_sizes
+from hotstart.store.collecting import collect, compact, snapshot_sizes
 from hotstart.store.comparing import Contents
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.encryption import key_source_from_environment
@@ -318,6 +318,9 @@ def collect_garbage(
             hotstart.stores.clear_leftovers()
             evicted = keep_quota(hotstart, quota_bytes=quota_bytes)
             hotstart.sweep()
+    if not only_look:
+        with suppress(Refused):  # what is damaged stays where it is until it is mended
+            compact(repository)
     found = collect(repository, only_look=only_look)
     return GarbageReport(tuple(removed), tuple(evicted), found.objects, found.freed_bytes, found.waiting_for)
 

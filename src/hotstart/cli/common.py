@@ -123,6 +123,9 @@ def add_worker_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ready-url", metavar="URL", help="answers 2xx once the worker is ready; asked inside")
     p.add_argument("--ready-timeout", type=number, default=600.0, metavar="S", help="seconds to wait for that (600)")
     p.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="add to the environment")
+    p.add_argument(
+        "--omit-env", action="append", default=[], metavar="NAME", help="leave a secret out; `restore --env` gives it"
+    )
     p.add_argument("--network", choices=("isolated", "egress"), default="isolated", help="egress: it may call out")
     p.add_argument("--memory", metavar="SIZE", help="limit, like 4G")
     p.add_argument("--cpus", type=number, help="limit, like 1.5")
@@ -177,11 +180,9 @@ def worker_spec(options: argparse.Namespace, command: list[str]) -> WorkerSpec:
         # The key of an encrypted store must not be in a snapshot.
         if is_utf8(name + value) and not name.startswith("HOTSTART_STORE_KEY")
     }
-    for entry in options.env:
-        name, equals, value = entry.partition("=")
-        if not equals or not name:
-            raise BadUsage(f"--env takes NAME=VALUE, not {entry[:80]!r}")
-        environment[name] = value
+    environment |= parse_environment(options.env)
+    for name in options.omit_env:
+        environment.pop(name, None)
     cwd = _working_directory()
     for folder in options.writable:
         if not os.path.isdir(folder):
@@ -197,6 +198,7 @@ def worker_spec(options: argparse.Namespace, command: list[str]) -> WorkerSpec:
         memory_bytes=None if options.memory is None else parse_size(options.memory),
         cpus=options.cpus,
         writable=tuple(map(os.path.abspath, options.writable)),
+        omitted=tuple(options.omit_env),
         visible=host_folders_below_private(cwd, tuple(command), (find_criu().path,)),
     )
 
@@ -209,6 +211,17 @@ def _working_directory() -> str:
     if not is_utf8(cwd):
         raise BadUsage("the working directory's path is not UTF-8: change to another one")
     return cwd
+
+
+def parse_environment(entries: Sequence[str]) -> dict[str, str]:
+    """Read NAME=VALUE entries. Raises BadUsage, which does not repeat a value: it may be a secret."""
+    environment = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals or not name:
+            raise BadUsage(f"--env takes NAME=VALUE, not {name[:80]!r} alone")
+        environment[name] = value
+    return environment
 
 
 def is_utf8(text: str) -> bool:

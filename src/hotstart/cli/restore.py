@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hotstart.cli.common import (
     open_hotstart,
+    parse_environment,
     parse_publish,
     parser,
     print_json,
@@ -32,6 +33,9 @@ def main(arguments: list[str], _entered: float) -> int:
     p.add_argument(
         "--publish", metavar="[HOST:]PORT", help="host port; replicas take consecutive ones; 0 is any free port"
     )
+    p.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="give it to the worker's SDK when it resumes"
+    )
     p.add_argument("--no-wait", action="store_true", help="return when the port accepts connections")
     options = p.parse_args(arguments)
     publish = parse_publish(options.publish)
@@ -41,6 +45,7 @@ def main(arguments: list[str], _entered: float) -> int:
         options.replicas,
         options.name,
         publish,
+        environment=parse_environment(options.env),
         wait=not options.no_wait,
         note=say,
         spans={"cli_start": (started_clock, time.monotonic())},

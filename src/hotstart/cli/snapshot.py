@@ -114,6 +114,10 @@ def _create(arguments: list[str]) -> int:
         return 0
     if taken.fold_refused and not options.plain:
         say(f"its memory could not be mapped, restores will copy it: {taken.fold_refused}")
+    if taken.secrets:
+        say(
+            f"what looks like secrets is in it, as in the worker's environment: {', '.join(taken.secrets)} (--omit-env)"
+        )
     print(
         f"{taken.snapshot}: {size(taken.logical_bytes)}, stood still {seconds(taken.frozen_s)}, "
         f"could be restored after {seconds(taken.usable_s)}, tried after {seconds(taken.total_s)}"

@@ -136,6 +136,7 @@ def publish(source: Source, repository: Repository, progress: Progress = no_prog
         source.require()
         if not repository.store.write(f"names/{name}", digest.encode()) and not _is_there(repository, name, digest):
             raise HotstartError(f"the name {name} vanished from the store while it was being written: try again")
+        _is_there(repository, name, digest)  # a store that lets two writers through tells the one that lost by this
         _require_packs(repository, lease, name, packs_of(places.values()))
         try:
             source.require()
