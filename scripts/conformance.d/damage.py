@@ -55,7 +55,7 @@ def one_of_each_kind(folder):
     for path in files_with_bytes(folder):
         kind = re.sub(r"[0-9a-f]{8,}|\d+", "*", str(path.relative_to(folder).parent)), path.suffix
         kinds[kind] = max(kinds.get(kind, path), path, key=taken)
-    return sorted(kinds.values())
+    return sorted(path for path in kinds.values() if path.name != ".uses")  # says how often, nothing that runs
 
 
 def files_with_bytes(folder, least=1):
@@ -138,8 +138,11 @@ def damaged(bench, hs, path, how):
 
 
 def heal(bench, hs):
-    """Bring back the good bytes of all files that differ, in place where possible."""
+    """Bring back the good bytes of all files that differ, in place where possible; what a repair has stored anew goes."""
     good = bench.work / "victim/good"
+    for present in (p for p in (hs.home / "store").rglob("*") if p.is_file()):
+        if not (good / present.relative_to(hs.home)).exists():
+            present.unlink()
     for original in (p for p in good.rglob("*") if p.is_file()):
         present = hs.home / original.relative_to(good)
         if contents(present) != contents(original):

@@ -260,7 +260,7 @@ STAGES = {
     "snapshot create": ["starting the worker", "waiting until it is ready", "warming up", "capturing", "digesting", "trying it",
                         "storing"],
     "snapshot verify": ["stored copy", "local copy", "repairing"],
-    "snapshot store": ["storing"],
+    "snapshot push": ["storing"], "snapshot pull": ["pulling"], "snapshot export": ["exporting"], "snapshot import": ["importing"],
 }
 
 

@@ -1,5 +1,6 @@
 """The surface: commands, --help, --json, how fast it starts, what it says of this machine."""
 
+import json
 import re
 import statistics
 import subprocess
@@ -26,13 +27,16 @@ from harness import (
 )
 
 COMMANDS = ["doctor", "run", "restore", "plan", "receipt", "ps", "logs", "exec", "stop", "rm", "bench"]
-SNAPSHOT_COMMANDS = ["create", "ls", "inspect", "verify", "rm"]
+SNAPSHOT_COMMANDS = ["create", "ls", "inspect", "diff", "verify", "push", "pull", "export", "import", "rm", "gc"]
 
 # Promised, built by later issues. Once advertised, each must at least explain itself; with arguments, it must work too.
 LATER = {
-    "serve": None, "agent": None, "operator": None, "k8s": None, "keys": ["ls"],
-    "snapshot tag": ["tiny", "newest"], "snapshot diff": ["tiny", "tiny"], "snapshot gc": [],
-    "snapshot push": None, "snapshot pull": None, "snapshot export": None, "snapshot import": None,
+    "serve": None, "agent": None, "operator": None, "k8s": None,
+    "snapshot tag": ["tiny", "newest"],
+}
+# Commands that work on the tiny snapshot, with what they print as JSON.
+JSON_OF = {
+    "keys ls": [], "snapshot diff": ["tiny", "tiny"], "snapshot gc": ["--dry-run"], "snapshot push": ["tiny"],
 }
 
 
@@ -94,6 +98,18 @@ def later(command, arguments):
 
 for _command, _arguments in LATER.items():
     later(_command, _arguments)
+
+
+def prints_json(command, arguments):
+    @check(f"{command} works, and prints JSON if asked to")
+    def _(bench):
+        bench.tiny  # noqa: B018
+        bench.hs.ok(*command.split(), *arguments)
+        json.loads(bench.hs.ok(*command.split(), *arguments, "--json").out)
+
+
+for _command, _arguments in JSON_OF.items():
+    prints_json(_command, _arguments)
 
 
 @check("hotstart alone, and hotstart snapshot alone, are bad usage, in one line that says where help is")

@@ -193,7 +193,7 @@ class Hotstart:
     # ---- snapshots
 
     @cached_property
-    def stores(self) -> Stores:
+    def store(self) -> Stores:
         """The stores that snapshots can be pushed to and pulled from."""
         from hotstart.api.storing import Stores
 
@@ -202,7 +202,7 @@ class Hotstart:
     def require_free_snapshot_name(self, name: str) -> None:
         """Raise BadUsage if a snapshot has the name."""
         check_name(name, "snapshot")
-        if name in self.snapshots.names() or self.stores.home.has(name):
+        if name in self.snapshots.names() or self.store.home.has(name):
             raise BadUsage(f"there is a snapshot {name} already: names are immutable, choose another or remove it")
 
     def local_snapshot(
@@ -234,7 +234,7 @@ class Hotstart:
         from hotstart.api.storing import lay_out
         from hotstart.store.pulling import verify_stored
 
-        repository = self.stores.holding(name)
+        repository = self.store.holding(name)
         verify_stored(repository, name, progress)
         self.snapshots.remove(name)  # memory files are replaced one by one: another snapshot may have them, too
         return lay_out(self, name, progress)
@@ -245,19 +245,19 @@ class Hotstart:
         try:
             return self.snapshots.open(name).manifest
         except NotFound:
-            return self.stores.holding(name).find(name).manifest
+            return self.store.holding(name).find(name).manifest
 
     def remove_snapshot(self, name: str) -> None:
         """Remove a snapshot here and in our own store. Replicas go on. Raises NotFound."""
         from hotstart.store.collecting import unpublish
 
         check_name(name, "snapshot")
-        stored = self.stores.home.has(name)
+        stored = self.store.home.has(name)
         if name not in self.snapshots.names() and not stored:
             raise NotFound(f"no snapshot {name}: `hotstart snapshot ls` lists them")
         self.snapshots.remove(name)  # first: a push that goes on beside us looks, and takes its name back
-        if stored or self.stores.home.has(name):
-            unpublish(self.stores.home, name)
+        if stored or self.store.home.has(name):
+            unpublish(self.store.home, name)
         self.sweep()
 
     # ---- replicas

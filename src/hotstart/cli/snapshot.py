@@ -130,9 +130,9 @@ def _ls(arguments: list[str]) -> int:
     p.add_argument("--remote", action="store_true", help="ask the stores of HOTSTART_REMOTE, too")
     options = p.parse_args(arguments)
     hotstart = open_hotstart()
-    here, stored = set(hotstart.snapshots.names()), set(hotstart.stores.home.names())
+    here, stored = set(hotstart.snapshots.names()), set(hotstart.store.home.names())
     remote = (
-        {n for url in hotstart.stores.remotes() for n in hotstart.stores.at(url).names()} if options.remote else set()
+        {n for url in hotstart.store.remotes() for n in hotstart.store.at(url).names()} if options.remote else set()
     )
     rows = []
     for name in sorted(here | stored | remote):

@@ -93,7 +93,7 @@ def _sweep(repository: Repository, lease: Lease, pulled: set[str], *, only_look:
     # Packs last: as long as a table leads to them, an interrupted sweep is one that has not happened.
     for prefix in ("manifests/", "signatures/", "places/", "packs/"):
         for key, size in list(store.list(prefix)):
-            subject = key.removeprefix(prefix).partition("/")[0]
+            subject = key.removeprefix(prefix).partition(".")[0]
             keep = subject in used if prefix == "packs/" else subject in roots
             if keep or (prefix == "packs/" and doubt):
                 continue

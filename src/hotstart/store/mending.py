@@ -31,7 +31,9 @@ def mend(source: Source, repository: Repository, progress: Progress = no_progres
         stored, _ = store_pieces(repository, (pieces[d] for d in bad), good, lease, progress)
         new = {d: stored[d] for d in bad}
         repository.write_places(digest, {d: new.get(d) or known[d] for d in pieces})
-        for other in {key.split("/")[1] for key, _ in list(repository.store.list("places/"))} - {digest}:
+        for other in {
+            key.removeprefix("places/").partition(".")[0] for key, _ in list(repository.store.list("places/"))
+        } - {digest}:
             _lead_to(repository, other, new)
         if not _reads(repository, f"manifests/{digest}", digest):
             repository.store.delete(f"manifests/{digest}")

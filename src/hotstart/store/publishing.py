@@ -180,7 +180,7 @@ def sign(repository: Repository, digest: str) -> int:
 
     signature = repository.keyring.signer().sign(digest)
     data = signature.to_bytes()
-    return len(data) if repository.store.write(f"signatures/{digest}/{key_id(signature.key)}", data) else 0
+    return len(data) if repository.store.write(f"signatures/{digest}.{key_id(signature.key)}", data) else 0
 
 
 def _require_packs(repository: Repository, lease: Lease, name: str, needed: set[str]) -> None:
@@ -215,7 +215,7 @@ def known_places(repository: Repository) -> dict[str, Place]:
     A table that is damaged is passed over: its chunks are stored again.
     """
     places: dict[str, Place] = {}
-    for digest in {key.split("/")[1] for key, _ in repository.store.list("places/")}:
+    for digest in {key.removeprefix("places/").partition(".")[0] for key, _ in repository.store.list("places/")}:
         with suppress(Damaged):
             places |= repository.places_of(digest)
     packs = {key.removeprefix("packs/"): size for key, size in repository.store.list("packs/")}

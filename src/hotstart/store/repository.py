@@ -1,6 +1,6 @@
 """Snapshots in a store: names, manifests, signatures, places; reading them, verified.
 
-Objects: names/NAME (a digest), manifests/DIGEST, signatures/DIGEST/KEYID, places/DIGEST/N, packs/NAME, keys/SET/KEK, leases/. A name
+Objects: names/NAME (a digest), manifests/DIGEST, signatures/DIGEST.KEYID, places/DIGEST.N, packs/NAME, keys/SET/KEK, leases/. A name
 is written last: what it leads to is complete. Pushing is in publishing.py, laying out in pulling.py, removing in collecting.py.
 """
 
@@ -91,7 +91,7 @@ class Repository:
     def signatures(self, digest: str) -> dict[str, bytes]:
         """Return a snapshot's signature objects by their keys in the store."""
         found = {}
-        for key, _ in list(self.store.list(f"signatures/{digest}/")):
+        for key, _ in list(self.store.list(f"signatures/{digest}.")):
             with suppress(Missing):
                 found[key] = self.store.read(key)
         return found
@@ -101,7 +101,7 @@ class Repository:
     def places_of(self, digest: str) -> dict[str, Place]:
         """Return where a snapshot's chunks are, by the newest table of it that can be read. Raises Damaged."""
         problem = Damaged(f"the store has lost the places of snapshot {digest[:12]}")
-        for key in reversed([key for key, _ in self.store.list(f"places/{digest}/")]):
+        for key in reversed([key for key, _ in self.store.list(f"places/{digest}.")]):
             try:
                 return decode_places(self.store.read(key))
             except Missing:
@@ -113,9 +113,9 @@ class Repository:
     def write_places(self, digest: str, places: Mapping[str, Place]) -> int:
         """Write a table of places beside those that there are, then remove them; returns the bytes written."""
         table = encode_places(places)
-        former = [key for key, _ in self.store.list(f"places/{digest}/")]
-        number = int(former[-1].rpartition("/")[2]) + 1 if former else 0
-        while not self.store.write(f"places/{digest}/{number:08}", table):
+        former = [key for key, _ in self.store.list(f"places/{digest}.")]
+        number = int(former[-1].rpartition(".")[2]) + 1 if former else 0
+        while not self.store.write(f"places/{digest}.{number:08}", table):
             number += 1
         for key in former:
             self.store.delete(key)
