@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ COMMANDS = {
     "rm": ("rm", "forget workers and replicas that have ended"),
     "bench": ("bench", "cold start, plain CRIU and Hotstart side by side"),
 }
+
+_LONGEST_LINE = 1000
 
 
 def usage() -> str:
@@ -78,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(e, PermissionError) and os.geteuid() != 0:
             _complain(f"{e.filename or 'this'} is root's: run this as root")
             return 5
-        _complain(f"{e}; --debug shows where")
+        if e.errno == errno.EMFILE:
+            _complain("more files would be open than the limit allows: raise it with `ulimit -n`")
+            return 1
+        _complain(f"{f'{e.filename}: {e.strerror}' if e.filename else e}; --debug shows where")
         return 1
 
 
@@ -115,8 +121,10 @@ def _run(arguments: list[str], entered: float) -> int:
 
 
 def _complain(message: str) -> None:
-    """Print an error: one line, whatever the input that it names holds."""
+    """Print an error: one line that can be read, whatever the input that it names holds."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    if len(shown) > _LONGEST_LINE:
+        shown = f"{shown[: _LONGEST_LINE // 2]} ... {shown[-_LONGEST_LINE // 2 :]}"
     print(f"hotstart: {shown}", file=sys.stderr)
 
 
