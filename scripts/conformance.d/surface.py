@@ -261,7 +261,8 @@ def _(bench):
         parts = dict(stages.items() if isinstance(stages, dict) else [(s.get("name"), s.get("seconds")) for s in stages])
         expect("cli_start" in parts, f"{what} has no stage cli_start: {sorted(parts)}")
         covered = sum(value for name, value in parts.items() if "unaccounted" not in name) / whole
-        expect(0.95 <= covered <= 1.05, f"the stages of {what} add up to {covered:.1%} of first_answer_s {whole}: {parts}")
+        expect(0.95 <= covered <= 1.0 + 1e-6, f"the stages of {what} cover {covered:.1%} of first_answer_s {whole}: {parts}")
+        expect(abs(sum(parts.values()) - whole) < 1e-6, f"with what is unaccounted {what} adds up to {sum(parts.values())}")
 
 
 @check("receipt in words names every stage")

@@ -28,6 +28,11 @@ def logs(hotstart: Hotstart) -> list[str]:
     return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
+def require_control_groups() -> None:
+    if not os.access("/sys/fs/cgroup/memory" if os.path.isdir("/sys/fs/cgroup/memory") else "/sys/fs/cgroup", os.W_OK):
+        skip_or_fail("control groups cannot be made here")
+
+
 def shell(script: str, **changes: object) -> object:
     return tiny_worker(command=("/bin/sh", "-c", script), **changes)
 
@@ -84,6 +89,21 @@ def test_a_command_that_is_no_program_is_bad_usage(hotstart, command, said):
     assert logs(hotstart) == []
 
 
+def test_a_folder_that_the_sandbox_s_options_cannot_name_is_bad_usage(hotstart, tmp_path):
+    folder = tmp_path / "a\x1fb"
+    folder.mkdir()
+    with pytest.raises(BadUsage, match="0x1f"):
+        hotstart.run("w", tiny_worker(writable=(str(folder),)))
+    assert hotstart.ps() == []
+
+
+def test_a_limit_that_is_too_little_for_a_sandbox_is_suspected(hotstart):
+    require_control_groups()
+    with pytest.raises(HotstartError, match=r"ended unexpectedly \(do --memory"):
+        hotstart.run("w", tiny_worker(memory_bytes=1))
+    assert hotstart.ps() == []
+
+
 def test_a_program_that_the_sandbox_does_not_show_is_named(hotstart, tmp_path):
     program = Path("/tmp") / f"hotstart-test-{os.getpid()}"
     program.symlink_to("/bin/true")  # /tmp is private inside, and nobody made it visible
@@ -114,10 +134,22 @@ def test_a_worker_that_dies_before_it_is_ready_says_its_last_words(hotstart, rea
     assert logs(hotstart) == []
 
 
+DYING = """
+import http.server, os
+class Dies(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        print("the reason", flush=True)
+        os._exit(3)
+http.server.HTTPServer(("127.0.0.1", 8000), Dies).serve_forever()
+"""
+
+
 def test_a_worker_that_dies_in_its_warm_up_says_its_last_words(hotstart):
-    warmup = [Request("GET", "/health"), Request("POST", "/exit", {"content-type": "application/json"}, b'{"code": 5}')]
-    with pytest.raises(HotstartError, match=r"^warm-up request \d+: .* no answer to .*; its last output: ready$"):
-        hotstart.run("w", tiny_worker(), warmup=[*warmup, *[Request("GET", "/health")] * 50])
+    worker = tiny_worker(command=(sys.executable, "-I", "-S", "-c", DYING), ready_url=None)
+    with pytest.raises(
+        HotstartError, match=r"^warm-up request 1: .* no answer to GET /: .*; its last output: the reason$"
+    ):
+        hotstart.run("w", worker, warmup=[Request("GET", "/")])
     assert hotstart.ps() == []
     assert logs(hotstart) == []
 
@@ -145,8 +177,7 @@ def groups(mark: str) -> list[str]:
 
 @pytest.mark.parametrize("command", ["ps", "run"])
 def test_the_control_groups_of_a_killed_command_go_with_the_next_one(hotstart, command):
-    if not os.access("/sys/fs/cgroup/memory" if os.path.isdir("/sys/fs/cgroup/memory") else "/sys/fs/cgroup", os.W_OK):
-        skip_or_fail("control groups cannot be made here")
+    require_control_groups()
     name = f"limited-{os.getpid()}"
     arguments = ["run", name, "--memory", "256M", "--cpus", "1", "--port", "8000"]
     arguments += ["--ready-url", "http://127.0.0.1:8000/never", "--", "sleep", "60"]
@@ -168,6 +199,7 @@ def test_the_control_groups_of_a_killed_command_go_with_the_next_one(hotstart, c
 
 
 def test_the_control_groups_of_another_run_folder_are_left_alone(hotstart, tmp_path):
+    require_control_groups()
     hotstart.run("w", shell("sleep 60", port=None, ready_url=None, memory_bytes=256 << 20))
     _, state = hotstart.find("w")
     other = Hotstart(home=str(tmp_path / "home"), run=str(tmp_path / "run-other"))

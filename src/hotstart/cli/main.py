@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ COMMANDS = {
     "keys": ("keys", "new, ls, trust, distrust, policy, rotate: who may make snapshots, and who can read them"),
     "bench": ("bench", "cold start, plain CRIU and Hotstart side by side"),
 }
+
+_LONGEST_LINE = 1000
 
 
 def usage() -> str:
@@ -79,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(e, PermissionError) and os.geteuid() != 0:
             _complain(f"{e.filename or 'this'} is root's: run this as root")
             return 5
-        _complain(f"{e}; --debug shows where")
+        if e.errno == errno.EMFILE:
+            _complain("more files would be open than the limit allows: raise it with `ulimit -n`")
+            return 1
+        _complain(f"{f'{e.filename}: {e.strerror}' if e.filename else e}; --debug shows where")
         return 1
 
 
@@ -116,8 +122,10 @@ def _run(arguments: list[str], entered: float) -> int:
 
 
 def _complain(message: str) -> None:
-    """Print an error: one line, whatever the input that it names holds."""
+    """Print an error: one line that can be read, whatever the input that it names holds."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    if len(shown) > _LONGEST_LINE:
+        shown = f"{shown[: _LONGEST_LINE // 2]} ... {shown[-_LONGEST_LINE // 2 :]}"
     print(f"hotstart: {shown}", file=sys.stderr)
 
 

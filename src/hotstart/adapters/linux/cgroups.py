@@ -58,9 +58,9 @@ def remove_cgroups(folders: tuple[str, ...]) -> None:
 
 def _mark(run_root: str) -> str:
     """What tells the groups of one folder of run folders from those of another."""
-    from hashlib import blake2b
+    from zlib import crc32  # hashlib would take longer to import than a sweep takes
 
-    return f"@{blake2b(os.fsencode(run_root), digest_size=4).hexdigest()}"
+    return f"@{crc32(os.fsencode(run_root)):08x}"
 
 
 def _unified(name: str, memory_bytes: int | None, cpus: float | None) -> str:

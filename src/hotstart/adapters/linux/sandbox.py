@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from hotstart.adapters.linux.native import native_program
 from hotstart.adapters.linux.procfs import start_ticks
-from hotstart.errors import HotstartError, MachineLacks
+from hotstart.errors import BadUsage, HotstartError, MachineLacks
 from hotstart.snapshot.sandbox import ProgramFailed, SandboxSpec
 
 _SEPARATOR = "\x1f"  # between the two halves of an option of hotstart-init: paths may hold anything else
@@ -29,8 +29,13 @@ class LinuxSandbox:
         self.init_pid = 0
         self.log_pipe = ""
         self._ended = ""
+        self._unexpected = "its first process ended unexpectedly" + (
+            " (do --memory and --cpus leave it enough?)" if spec.cgroups else ""
+        )
         self._pending = b""
         opened: list[int] = []
+        if odd := next((b.source for b in spec.binds if _SEPARATOR in b.source + b.target), None):
+            raise BadUsage(f"{odd!r} cannot be shown in a sandbox: rename it, without the byte 0x1f")
 
         def passed(fd: int) -> int:
             opened.append(fd)
@@ -91,7 +96,7 @@ class LinuxSandbox:
                 raise HotstartError(f"the sandbox did not report {event!r} within {timeout_s:g} s")
             data = os.read(self._status, 4096)
             if not data:
-                raise HotstartError(f"the sandbox failed: {self._ended or 'its first process ended unexpectedly'}")
+                raise HotstartError(f"the sandbox failed: {self._ended or self._unexpected}")
             self._take(data)
         self._starter.wait()
 
