@@ -255,7 +255,9 @@ class Hotstart:
         stored = self.store.home.has(name)
         if name not in self.snapshots.names() and not stored:
             raise NotFound(f"no snapshot {name}: `hotstart snapshot ls` lists them")
-        self.snapshots.remove(name)  # first: a push that goes on beside us looks, and takes its name back
+        self.snapshots.remove(name)  # first: a push that goes on beside us sees it, and ends
+        with self.snapshots.storing(name):
+            pass
         if stored or self.store.home.has(name):
             unpublish(self.store.home, name)
         self.sweep()

@@ -118,7 +118,11 @@ def push_snapshot(hotstart: Hotstart, name: str, url: str | None, progressing: P
         hotstart.snapshots.storing(name) if url is None else nullcontext(),
         _source(hotstart, name, progressing) as source,
     ):
-        added = publish(source, repository, progressing.measured(source.manifest.data_bytes))
+        try:
+            added = publish(source, repository, progressing.measured(source.manifest.data_bytes))
+        except NotFound:  # it was removed meanwhile
+            collect(repository)
+            raise
     if url is None:
         keep_quota(hotstart)
     return added

@@ -79,17 +79,20 @@ class LocalSource:
         for file in self.manifest.files:
             fd, at = self._open(self._local.path(file.path)), 0
             for chunk in file.chunks:
+                self.require()
                 yield Piece(chunk.digest, chunk.length, partial(os.pread, fd, chunk.length, at))
                 at += chunk.length
         for memory in self.manifest.memory:
             fd = self._open(self._local.memory_path(memory.name))
             for extent in self._local.extents(memory):
+                self.require()
                 yield Piece(extent.digest, extent.length, partial(os.pread, fd, extent.length, extent.offset))
 
     def _open(self, path: str) -> int:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
+            self.require()
             raise Damaged(f"{path} of snapshot {self.manifest.name} cannot be read: {e.strerror}") from e
         self._stack.callback(os.close, fd)
         return fd
