@@ -1,6 +1,15 @@
 """Values that several tests begin from."""
 
-from hotstart.snapshot.manifest import File, HostFingerprint, Manifest, MemoryFile, NeededFile, Process, RecordedRestore
+from hotstart.snapshot.manifest import (
+    Chunk,
+    File,
+    HostFingerprint,
+    Manifest,
+    MemoryFile,
+    NeededFile,
+    Process,
+    RecordedRestore,
+)
 from hotstart.snapshot.warmup import Answer, Oracle, Request
 from hotstart.snapshot.worker import WorkerSpec
 
@@ -25,6 +34,7 @@ def a_worker() -> WorkerSpec:
         cpus=1.5,
         writable=("/srv/cache",),
         visible=("/tmp/work",),
+        omitted=("API_TOKEN",),
     )
 
 
@@ -42,7 +52,10 @@ def a_manifest(**changes: object) -> Manifest:
             Process(1000, "python", 12, "00ff00ff00ff00ff/ab-0.mem", "mapped"),
             Process(1010, "helper", 1, None, "copied"),
         ),
-        "files": (File("files.pack", 8, ("11" * 32,)), File("images/pstree.img", 1_048_577, ("22" * 32, "33" * 32))),
+        "files": (
+            File("files.pack", 8, (Chunk("11" * 32, 8),)),
+            File("images/pstree.img", 1_048_577, (Chunk("22" * 32, 1 << 20), Chunk("33" * 32, 1))),
+        ),
         "memory": (
             MemoryFile("00ff00ff00ff00ff/ab-0.mem", (64 << 30) + (8 << 20), 8 << 20, 6 << 20, "memory-0.index"),
         ),

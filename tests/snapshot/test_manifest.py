@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hotstart.errors import Damaged, Refused
-from hotstart.snapshot.manifest import FORMAT_MAJOR, FORMAT_MINOR, Manifest, parse_manifest
+from hotstart.snapshot.manifest import FORMAT_MAJOR, FORMAT_MINOR, Chunk, File, Manifest, MemoryFile, parse_manifest
 from hotstart.snapshot.warmup import Answer, Request
 from tests.samples import a_manifest
 
@@ -28,7 +28,11 @@ def test_the_golden_manifest_is_read():
         "POST", "/v1/completions", {"content-type": "application/json"}, b'{"prompt":"hi"}'
     )
     assert manifest.oracle.answer == Answer(200, b'{"id":1,"text":"\xc3\xa9"}')
-    assert [c for file in manifest.files for c in file.chunks] == ["11" * 32, "22" * 32, "33" * 32]
+    assert [c for file in manifest.files for c in file.chunks] == [
+        Chunk("11" * 32, 8),
+        Chunk("22" * 32, 1 << 20),
+        Chunk("33" * 32, 1),
+    ]
 
 
 def test_a_manifest_without_its_optional_parts_is_read():
@@ -75,6 +79,7 @@ def test_a_manifest_of_a_newer_minor_version_is_read_without_what_is_new():
         b'{"format": "hotstart.snapshot"}',
         b'{"format": "hotstart.snapshot", "format_version": "1.0"}',
         b'{"format": "hotstart.snapshot", "format_version": [1, 0]}',
+        b'{"x":' + b"[" * 100_000,
     ],
 )
 def test_what_is_no_manifest_is_damaged(data):
@@ -102,3 +107,27 @@ def test_bytes_changed_at_random_give_a_manifest_or_a_refusal_and_nothing_else()
         except Refused:
             refused += 1
     assert refused > 1000
+
+
+A_CHUNK = Chunk("11" * 32, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"files": (File("a", 9, (A_CHUNK,)),)}, "the chunks of 'a' are not the file"),
+        ({"files": (File("a", -8, (A_CHUNK,)),)}, "are not the file"),
+        ({"files": (File("a", 0, (Chunk("11" * 32, 0),)),)}, "are not the file"),
+        ({"files": (File("a", 0, (A_CHUNK, Chunk("11" * 32, -8))),)}, "are not the file"),
+        ({"files": (File("a", (1 << 20) + 1, (Chunk("11" * 32, (1 << 20) + 1),)),)}, "are not the file"),
+        ({"files": (File("a", 8, (A_CHUNK,)),) * 2}, "names a file twice"),
+        ({"memory": (MemoryFile("aa/0.mem", 1, 1, 0, "i"),) * 2}, "names a file twice"),
+        ({"memory": (MemoryFile("aa/0.mem", 1, 2, 0, "i"),)}, "ends before its data"),
+        ({"memory": (MemoryFile("aa/0.mem", 1, -1, 0, "i"),)}, "ends before its data"),
+        ({"memory": (MemoryFile("aa/0.mem", 1 << 43, 1, 0, "i"),)}, "ends before its data"),
+        ({"memory": (MemoryFile("aa/0.mem", 1 << 80, 1, 0, "i"),)}, "the manifest is damaged"),
+    ],
+)
+def test_sizes_that_do_not_agree_are_damage(changes, reason):
+    with pytest.raises(Damaged, match=reason):
+        parse_manifest(a_manifest(**changes).to_bytes())

@@ -2,11 +2,16 @@
 
 import os
 import random
+import time
+from collections.abc import Iterable
 
-from hotstart.snapshot.manifest import Manifest, MemoryFile, Process
+from hotstart.snapshot.manifest import Chunk, File, Manifest, MemoryFile, Process
 from hotstart.store.content import digest_of
-from hotstart.store.local import LocalSnapshot, LocalSnapshots, data_spans, describe_file
-from hotstart.store.packs import PackWriter, encode_places
+from hotstart.store.leases import Holder, Leases
+from hotstart.store.local import LocalSnapshot, LocalSnapshots, data_spans, describe_file, no_progress
+from hotstart.store.packs import Codec, Encoded, Pack, Place, encode_places, packs_of
+from hotstart.store.publishing import LocalSource, publish
+from hotstart.store.repository import Repository
 from tests.samples import a_manifest
 
 MIB = 1 << 20
@@ -17,7 +22,7 @@ TAIL = 64 * PAGE
 # What a memory file holds, as (offset, bytes): pages, holes between and after them, written zeros, a run over a MiB's end.
 SHARED = [
     (0, b"shared weights " * 4000),
-    (MIB - PAGE, random.Random(0).randbytes(3 * PAGE)),
+    (MIB - PAGE, random.Random(0).randbytes(60 * PAGE)),
     (2 * MIB, bytes(5 * PAGE)),
     (DATA_END - 2 * PAGE, b"\1" * PAGE),
 ]
@@ -101,14 +106,51 @@ def tree_of(folder) -> set[str]:
     return {os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names}
 
 
-def forge(store, manifest: Manifest, chunks: dict[str, bytes]) -> None:
+def repository(store, *, keyring=None, read_key=None, clock=time.time, leases_in=None, pid=0, ended=None) -> Repository:
+    """A store as a process of this machine sees it: this one, or the one with a pid of our choice. `ended`: which have."""
+
+    def gone(holder):
+        return holder.pid in ended if ended is not None else not os.path.exists(f"/proc/{holder.pid}")
+
+    leases = Leases(leases_in or store, Holder("this boot", pid or os.getpid(), 1), gone, clock)
+    return Repository(store, leases, keyring, read_key)
+
+
+def push(local, repo, progress=no_progress) -> int:
+    """Publish a local snapshot."""
+    with LocalSource(local) as source:
+        return publish(source, repo, progress)
+
+
+def objects_of(store) -> dict[str, bytes]:
+    """Every object of a store."""
+    return {key: store.read(key) for key, _ in store.list("")}
+
+
+def garbage_of(repo) -> set[str]:
+    """Keys of objects that no name leads to, and of second tables of places."""
+    needed = {f"names/{name}" for name in repo.names()}
+    for digest in map(repo.digest_named, repo.names()):
+        needed |= {f"manifests/{digest}", *(key for key, _ in repo.store.list(f"signatures/{digest}."))}
+        needed.add([key for key, _ in repo.store.list(f"places/{digest}.")][-1])
+        needed |= {f"packs/{pack}" for pack in packs_of(repo.places_of(digest).values())}
+    return {key for key, _ in repo.store.list("")} - needed
+
+
+def forge(store, manifest: Manifest, chunks: Iterable[bytes] = (), places: dict[str, Place] | None = None) -> str:
     """Put a manifest into a store as it is, whatever it says, with its chunks: what somebody who can write there could do."""
-    writer = PackWriter(store, {})
-    for digest, data in chunks.items():
-        writer.add(digest, data)
-    writer.flush()
-    data = manifest.to_bytes()
-    digest = digest_of(data)
-    store.write(f"places/{digest}", encode_places(writer.places))
-    store.write(f"manifests/{digest}", data)
+    pack, codec = Pack(), Codec()
+    for chunk in chunks:
+        pack.add(Encoded(digest_of(chunk), len(chunk), *codec.encode(chunk)))
+    found, _ = ({}, 0) if pack.empty else pack.write(store)
+    document = manifest.to_bytes()
+    digest = digest_of(document)
+    store.write(f"places/{digest}.00000000", encode_places(found | (places or {})))
+    store.write(f"manifests/{digest}", document)
     store.write(f"names/{manifest.name}", digest.encode())
+    return digest
+
+
+def a_file(path, data=b"evil") -> File:
+    """A file of a manifest, of one chunk."""
+    return File(path, len(data), (Chunk(digest_of(data), len(data)),))

@@ -1,27 +1,38 @@
-"""Chunks and indexes, against the most naive way to say what they are."""
+"""Chunks and indexes: where chunks end follows from content, nothing that is not zero is left out."""
 
 import random
-from itertools import pairwise
 
 import pytest
-from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hotstart.errors import Damaged
-from hotstart.snapshot.manifest import CHUNK_BYTES
-from hotstart.store.content import Extent, chunk_extents, decode_index, digest_of, encode_index
+from hotstart.snapshot.manifest import MOST_CHUNK_BYTES
+from hotstart.store.content import LEAST_CHUNK_BYTES, PAGE_BYTES, Extent, cut, decode_index, digest_of, encode_index
 
-PAGE = 4096
+MIB = 1 << 20
+
+# Buffers are drawn as runs of pages: (kind, pages, seed). Text that repeats within a page makes every page's end alike.
+RUNS = st.lists(
+    st.tuples(st.sampled_from(["random", "zero", "same", "sparse"]), st.integers(0, 400), st.integers(0, 3)), max_size=6
+)
 
 
-def naive_extents(memory, spans):
-    """Cut every span wherever a MiB of the file ends, throw zeros away, digest the rest."""
-    found = []
-    for start, length in spans:
-        inner = [at for at in range(0, len(memory), CHUNK_BYTES) if start < at < start + length]
-        for a, b in pairwise([start, *inner, start + length]):
-            if any(memory[a:b]):
-                found.append(Extent(a, b - a, blake3(memory[a:b]).hexdigest()))
-    return found
+def buffer_of(runs, rest=0):
+    """The bytes of some runs, and `rest` bytes of a page behind them."""
+    data = bytearray()
+    for kind, pages, seed in runs:
+        if kind == "random":
+            data += random.Random(seed).randbytes(pages * PAGE_BYTES)
+        elif kind == "same":
+            data += bytes([seed + 1]) * (pages * PAGE_BYTES)
+        elif kind == "sparse":
+            run = bytearray(pages * PAGE_BYTES)
+            run[:: 5 * PAGE_BYTES + 1] = b"\1" * len(run[:: 5 * PAGE_BYTES + 1])
+            data += run
+        else:
+            data += bytes(pages * PAGE_BYTES)
+    return memoryview(bytes(data) + random.Random(9).randbytes(rest))
 
 
 def test_a_digest_is_blake3_in_hex():
@@ -30,63 +41,146 @@ def test_a_digest_is_blake3_in_hex():
     assert digest_of(b"abc") == "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
 
 
-def test_chunks_are_what_the_naive_way_finds():
-    chance = random.Random(7)
-    for _ in range(12):
-        pages = chance.randint(1, 4 * CHUNK_BYTES // PAGE)
-        memory = bytearray(pages * PAGE)
-        cuts = sorted({0, pages, *(chance.randrange(pages + 1) for _ in range(6))})
-        spans = []
-        for a, b in pairwise(cuts):
-            kind = chance.choice(["hole", "data", "zeros", "sparse"])
-            if kind != "hole":
-                spans.append((a * PAGE, (b - a) * PAGE))
-            if kind == "data":
-                memory[a * PAGE : b * PAGE] = chance.randbytes((b - a) * PAGE)
-            if kind == "sparse":
-                memory[chance.randrange(a * PAGE, b * PAGE)] = 1
-        assert list(chunk_extents(memoryview(memory), spans)) == naive_extents(memory, spans)
+@given(RUNS, st.integers(0, PAGE_BYTES - 1))
+def test_chunks_tile_a_file_exactly(runs, rest):
+    data = buffer_of(runs, rest)
+    at = 0
+    for offset, length in cut(data, 0, len(data), keep_zeros=True):
+        assert offset == at
+        assert 0 < length <= MOST_CHUNK_BYTES
+        at += length
+    assert at == len(data)
 
 
-@pytest.mark.parametrize(
-    ("spans", "cuts"),
-    [
-        ([], []),
-        ([(0, CHUNK_BYTES)], [(0, CHUNK_BYTES)]),
-        ([(0, CHUNK_BYTES + 1)], [(0, CHUNK_BYTES), (CHUNK_BYTES, 1)]),
-        ([(CHUNK_BYTES - PAGE, 2 * PAGE)], [(CHUNK_BYTES - PAGE, PAGE), (CHUNK_BYTES, PAGE)]),
-        ([(0, PAGE), (2 * PAGE, PAGE)], [(0, PAGE), (2 * PAGE, PAGE)]),
-        (
-            [(PAGE, 2 * CHUNK_BYTES)],
-            [(PAGE, CHUNK_BYTES - PAGE), (CHUNK_BYTES, CHUNK_BYTES), (2 * CHUNK_BYTES, PAGE)],
-        ),
-    ],
-)
-def test_chunks_end_where_a_mib_of_the_file_ends_and_where_data_ends(spans, cuts):
-    memory = memoryview(b"\1" * (3 * CHUNK_BYTES))
-    assert [(e.offset, e.length) for e in chunk_extents(memory, spans)] == cuts
+@given(RUNS, st.integers(0, PAGE_BYTES - 1))
+def test_chunks_of_memory_are_page_aligned_in_order_bounded_and_leave_out_nothing_but_zeros(runs, rest):
+    data = buffer_of(runs, rest)
+    at = 0
+    for offset, length in cut(data, 0, len(data)):
+        assert offset % PAGE_BYTES == 0 and offset >= at
+        assert not any(data[at:offset])
+        assert 0 < length <= MOST_CHUNK_BYTES
+        assert length % PAGE_BYTES == 0 or offset + length == len(data)
+        at = offset + length
+    assert not any(data[at:])
 
 
-def test_the_same_area_at_the_same_place_gives_the_same_chunks_whatever_lies_around_it():
-    same = random.Random(1).randbytes(CHUNK_BYTES)
-    one = b"a" * CHUNK_BYTES + same + b"b" * PAGE
-    other = b"c" * CHUNK_BYTES + same + b"d" * CHUNK_BYTES
-    digests = [{e.digest for e in chunk_extents(memoryview(m), [(0, len(m))])} for m in (one, other)]
-    assert digests[0] & digests[1] == {digest_of(same)}
+@given(RUNS, st.integers(0, 30))
+def test_a_span_is_cut_as_if_it_were_a_buffer_of_its_own(runs, before):
+    data = buffer_of(runs)
+    moved = memoryview(random.Random(8).randbytes(before * PAGE_BYTES) + data)
+    start = before * PAGE_BYTES
+    assert [(at - start, n) for at, n in cut(moved, start, len(data))] == list(cut(data, 0, len(data)))
 
 
-def test_zeros_give_no_extent_but_one_byte_does():
-    memory = bytearray(CHUNK_BYTES + 100)
-    assert list(chunk_extents(memoryview(memory), [(0, len(memory))])) == []
-    memory[-1] = 1
-    assert [(e.offset, e.length) for e in chunk_extents(memoryview(memory), [(0, len(memory))])] == [(CHUNK_BYTES, 100)]
+@settings(max_examples=15)
+@given(st.integers(0, 2**32), st.integers(1, 700))
+def test_content_that_moved_by_whole_pages_gives_the_same_chunks_but_for_the_first_few(seed, pages):
+    same = random.Random(1).randbytes(12 * MIB)
+    moved = random.Random(seed).randbytes(pages * PAGE_BYTES) + same
+    chunks = {digest_of(same[at : at + n]): n for at, n in cut(memoryview(same), 0, len(same))}
+    found = {digest_of(moved[at : at + n]) for at, n in cut(memoryview(moved), 0, len(moved))}
+    assert sum(n for digest, n in chunks.items() if digest not in found) <= 4 * MIB
+
+
+def test_a_page_that_changed_changes_the_chunks_around_it_and_no_others():
+    data = bytearray(random.Random(3).randbytes(16 * MIB))
+    before = {digest_of(data[at : at + n]) for at, n in cut(memoryview(bytes(data)), 0, len(data))}
+    data[7 * MIB] ^= 1
+    after = {digest_of(data[at : at + n]) for at, n in cut(memoryview(bytes(data)), 0, len(data))}
+    assert 1 <= len(before - after) <= 4
+
+
+CUTS = [
+    (0, 69632),
+    (69632, 196608),
+    (266240, 598016),
+    (864256, 462848),
+    (1327104, 122880),
+    (1449984, 421888),
+    (1871872, 155648),
+    (2027520, 159744),
+    (2187264, 147456),
+    (2334720, 159744),
+    (2494464, 266240),
+    (2760704, 192512),
+    (2953216, 180224),
+    (3133440, 12288),
+]
+
+
+def test_where_chunks_end_is_pinned():
+    # If this fails the cutting has changed: what is stored is not found again by what comes, until docs/format.md says why.
+    data = random.Random(2026).randbytes(3 * MIB)
+    assert list(cut(memoryview(data), 0, len(data))) == CUTS
+
+
+def test_chunks_of_ordinary_data_are_neither_small_nor_all_as_large_as_they_may_be():
+    data = random.Random(5).randbytes(32 * MIB)
+    lengths = [n for _, n in cut(memoryview(data), 0, len(data))]
+    assert min(lengths[:-1]) >= LEAST_CHUNK_BYTES
+    assert 150_000 < sum(lengths) / len(lengths) < 500_000
+
+
+@pytest.mark.parametrize("pages", [1, 7])
+def test_a_short_run_of_zeros_stays_in_its_chunk(pages):
+    data = b"\1" * 10 * PAGE_BYTES + bytes(pages * PAGE_BYTES) + b"\1" * 3 * PAGE_BYTES
+    chunks = list(cut(memoryview(data), 0, len(data)))
+    assert sum(n for _, n in chunks) == len(data)  # and what they leave out is nothing
+
+
+def test_a_long_run_of_zeros_and_zeros_at_either_end_are_left_out():
+    data = bytes(PAGE_BYTES) + b"\1" * PAGE_BYTES + bytes(8 * PAGE_BYTES) + b"\1" * PAGE_BYTES + bytes(PAGE_BYTES)
+    assert list(cut(memoryview(data), 0, len(data))) == [(PAGE_BYTES, PAGE_BYTES), (10 * PAGE_BYTES, PAGE_BYTES)]
+    assert list(cut(memoryview(data), 0, len(data), keep_zeros=True)) == [(0, len(data))]
+    assert list(cut(memoryview(bytes(4 * MIB)), 0, 4 * MIB)) == []
+
+
+def test_one_byte_is_enough_for_a_page_not_to_be_zero():
+    for at in (0, 1, 55, PAGE_BYTES - 1):
+        data = bytearray(20 * PAGE_BYTES)
+        data[10 * PAGE_BYTES + at] = 1
+        assert list(cut(memoryview(data), 0, len(data))) == [(10 * PAGE_BYTES, PAGE_BYTES)]
+
+
+# ---- indexes
+
+
+def ordered_extents(seed, count=500):
+    chance, at, extents = random.Random(seed), 0, []
+    for _ in range(count):
+        at += chance.randrange(1 << 24)
+        extents.append(Extent(at, chance.randint(1, MIB), chance.randbytes(32).hex()))
+        at += extents[-1].length
+    return extents, at
 
 
 def test_an_index_survives_being_written_and_read():
-    chance = random.Random(3)
-    extents = [Extent(chance.getrandbits(63), chance.getrandbits(63), chance.randbytes(32).hex()) for _ in range(500)]
-    assert decode_index(encode_index(extents)) == extents
-    assert decode_index(encode_index([])) == []
+    extents, end = ordered_extents(3)
+    assert decode_index(encode_index(extents), end) == extents
+    assert decode_index(encode_index([]), 0) == []
+
+
+def test_an_index_that_reaches_beyond_the_data_is_damaged():
+    extents, end = ordered_extents(4)
+    with pytest.raises(Damaged, match="reaches beyond its end"):
+        decode_index(encode_index(extents), end - 1)
+
+
+@pytest.mark.parametrize(
+    "extents",
+    [
+        [(0, 0)],
+        [(0, MIB + 1)],
+        [(0, 2**64 - 1)],
+        [(PAGE_BYTES, PAGE_BYTES), (0, PAGE_BYTES)],
+        [(0, PAGE_BYTES + 1), (PAGE_BYTES, PAGE_BYTES)],
+        [(0, PAGE_BYTES), (0, PAGE_BYTES)],
+    ],
+)
+def test_extents_that_overlap_or_are_out_of_order_or_too_long_are_damage(extents):
+    with pytest.raises(Damaged, match="not in order"):
+        decode_index(encode_index([Extent(at, n, "00" * 32) for at, n in extents]), 2**62)
 
 
 def test_the_bytes_of_an_index_are_as_documented():
@@ -96,11 +190,11 @@ def test_the_bytes_of_an_index_are_as_documented():
 
 @pytest.mark.parametrize("length", [*range(8), 9, 55, 57, 8 + 48 + 47])
 def test_an_index_that_ends_in_the_middle_is_damaged(length):
-    whole = encode_index([Extent(0, PAGE, "00" * 32)] * 2)
+    whole = encode_index([Extent(i * PAGE_BYTES, PAGE_BYTES, "00" * 32) for i in range(2)])
     with pytest.raises(Damaged, match="index of a memory file is damaged"):
-        decode_index(whole[:length])
+        decode_index(whole[:length], MIB)
 
 
 def test_what_is_no_index_is_damaged():
     with pytest.raises(Damaged):
-        decode_index(b"HSPLACE1" + bytes(48))
+        decode_index(b"HSPLACE1" + bytes(48), MIB)

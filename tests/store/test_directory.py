@@ -241,3 +241,45 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(tmp_path):
     assert (small, after, kept) == (True, True, "xx")
     assert listed == [["packs/after", 4096], ["packs/small", 4096]]
     assert aside == []
+
+
+# ---- what is not an object
+
+
+def test_a_folder_is_not_an_object_and_deleting_one_or_below_an_object_is_fine(root):
+    store = DirectoryStore(str(root))
+    store.write("packs/a", b"x")
+    with pytest.raises(Missing):
+        store.read("packs")
+    store.delete("packs")
+    store.delete("packs/a/x")
+    assert list(store.list("")) == [("packs/a", 1)]
+
+
+@pytest.mark.parametrize("prefix", ["../", "..", ".aside/", ".aside", "packs/../", "packs/../../"])
+def test_a_list_never_leaves_the_store_nor_shows_what_lies_aside(tmp_path, root, prefix):
+    store = DirectoryStore(str(root))
+    store.write("packs/a", b"x")
+    (tmp_path / "outside").write_bytes(b"")
+    (root / ".aside" / "1-a").write_bytes(b"half")
+    assert list(store.list(prefix)) == []
+
+
+def test_a_root_below_a_file_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(HotstartError, match="cannot be written: Not a directory"):
+        DirectoryStore(str(tmp_path / "file" / "s")).write("a", b"")
+
+
+def test_a_name_too_long_is_one_clear_error(root):
+    DirectoryStore(str(root)).write("packs/a", b"x")
+    with pytest.raises(HotstartError, match="cannot be read: File name too long"):
+        DirectoryStore(str(root)).read("packs/" + "a" * 300)
+
+
+@pytest.mark.parametrize("offset", [1 << 62, 1 << 63, 1 << 70])
+def test_a_range_behind_everything_is_empty_and_a_long_one_takes_no_memory(root, offset):
+    store = DirectoryStore(str(root))
+    store.write("a", b"abc")
+    assert store.read("a", offset, 5) == b""
+    assert store.read("a", 1, 1 << 60) == b"bc"

@@ -440,3 +440,13 @@ def test_a_manifest_that_cannot_be_read_keeps_every_memory_file(tmp_path, local)
     before = tree_of(tmp_path / "cache" / "memory")
     LocalSnapshots(str(tmp_path)).sweep(set())
     assert tree_of(tmp_path / "cache" / "memory") == before != set()
+
+
+def test_a_file_that_does_not_belong_among_memory_files_is_left_alone(tmp_path, local):
+    snapshots = LocalSnapshots(str(tmp_path))
+    stray = os.path.join(snapshots.memory_root, "file")
+    with open(stray, "w"):
+        pass
+    snapshots.sweep(set())
+    assert os.path.exists(stray)
+    opened(tmp_path).check()

@@ -27,5 +27,5 @@ def decode(kind: type[T], data: bytes) -> T:
     """Parse JSON into a value of `kind`. Raises IllFormedError that names the place."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise IllFormedError(str(e)) from e

@@ -12,6 +12,7 @@ from hotstart.snapshot.worker import WorkerSpec
 FORMAT = "hotstart.snapshot"
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 MOST_CHUNK_BYTES = 1 << 20
+MOST_FILE_BYTES = 1 << 42  # the largest that ext4 with small blocks can have
 
 
 class HostFingerprint(Struct, frozen=True):
@@ -126,12 +127,15 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def _require_sizes_that_agree(manifest: Manifest) -> None:
+    names = [f.path for f in manifest.files] + [m.name for m in manifest.memory]
+    if len(names) != len(set(names)):
+        raise Damaged("the manifest is damaged (it names a file twice)")
     for file in manifest.files:
         lengths = [c.length for c in file.chunks]
         if sum(lengths) != file.size_bytes or not all(0 < n <= MOST_CHUNK_BYTES for n in lengths):
             raise Damaged(f"the manifest is damaged (the chunks of {file.path[:80]!r} are not the file)")
     for memory in manifest.memory:
-        if not 0 <= memory.data_end <= memory.size_bytes:
+        if not 0 <= memory.data_end <= memory.size_bytes <= MOST_FILE_BYTES:
             raise Damaged(f"the manifest is damaged (memory file {memory.name[:80]!r} ends before its data)")
 
 

@@ -55,8 +55,10 @@ class ArchiveStore:
             with os.fdopen(os.dup(self._fd), "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
                 for member in tar:
                     if member.isreg():
+                        if member.size < 0 or member.offset_data + member.size > os.fstat(self._fd).st_size:
+                            raise ValueError("a member reaches beyond the end")
                         self._objects[check_key(member.name)] = (member.offset_data, member.size)
-        except (tarfile.TarError, ValueError, EOFError) as e:
+        except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as e:
             os.close(self._fd)
             raise Damaged(f"{self._path} is not an exported snapshot, or is damaged") from e
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from msgspec import Struct
 
-from hotstart.errors import Damaged
+from hotstart.errors import Damaged, NotFound
 from hotstart.store.leases import COLLECT, PULL, Lease
 from hotstart.store.local import Progress, no_progress
 from hotstart.store.packs import Place, packs_of
@@ -78,6 +78,8 @@ def _sweep(repository: Repository, lease: Lease, pulled: set[str], *, only_look:
     for name in repository.names():
         try:
             roots.add(repository.digest_named(name))
+        except NotFound:
+            continue  # removed beside us
         except Damaged:
             doubt = f"the name {name} is damaged: nothing was removed, remove that snapshot first"
     used: set[str] = set()
@@ -108,7 +110,7 @@ def snapshot_sizes(repository: Repository) -> dict[str, tuple[int, int]]:
     """For each name: bytes stored of its chunks, and of those that no other snapshot has."""
     tables = {}
     for name in repository.names():
-        with suppress(Damaged):
+        with suppress(Damaged, NotFound):
             tables[name] = repository.places_of(repository.digest_named(name))
     uses: dict[str, int] = {}
     for places in tables.values():

@@ -26,8 +26,11 @@ class DirectoryStore:
         """Return an object's bytes, or `length` of them from `offset`."""
         try:
             with open(self._path(key), "rb") as f:
+                rest = max(0, os.fstat(f.fileno()).st_size - offset)
+                if not rest:
+                    return b""
                 f.seek(offset)
-                return f.read() if length is None else f.read(length)
+                return f.read(rest if length is None else min(rest, length))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
             raise Missing(key) from e
         except OSError as e:
@@ -58,7 +61,7 @@ class DirectoryStore:
                 ) from e
             raise HotstartError(f"the store at {self._root} cannot be written: {e.strerror}") from e
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(aside)
         _sync_folder(os.path.dirname(path))
         return True
@@ -66,6 +69,8 @@ class DirectoryStore:
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Give the keys that begin with `prefix` and their sizes, sorted."""
         found = []
+        if any(part.startswith(".") for part in prefix.split("/")):
+            return  # no key has such a part
         top = os.path.dirname(os.path.join(self._root, prefix))
         for folder, folders, files in os.walk(top):
             folders[:] = [f for f in folders if not f.startswith(".")]
@@ -79,7 +84,7 @@ class DirectoryStore:
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is fine."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             os.unlink(self._path(key))
 
     def clear_leftovers(self) -> None:

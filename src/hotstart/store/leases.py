@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from msgspec import Struct, json
+from msgspec import MsgspecError, Struct, json
 
 from hotstart.errors import HotstartError
 from hotstart.store.port import Missing, Store
@@ -41,7 +41,7 @@ class Held(Struct, frozen=True):
 def parse_lease(key: str) -> Held | None:
     """Read a lease's key; None if it is none."""
     parts = key.removeprefix("leases/").split(".")
-    if len(parts) != 4 or not parts[3].isdigit():
+    if len(parts) != 4 or not parts[3].isdecimal():
         return None
     return Held(key, parts[0], parts[2], int(parts[3]))
 
@@ -78,8 +78,8 @@ class Leases:
             holder = json.decode(self._store.read(key), type=Holder)
         except Missing:
             return True
-        except ValueError:
-            return False
+        except (MsgspecError, UnicodeDecodeError):
+            return False  # whoever it is: until its time has come
         return holder.boot == self._holder.boot and self._gone(holder)
 
 

@@ -302,7 +302,7 @@ class LocalSnapshots:
         with suppress(FileNotFoundError):
             for memory_id in os.listdir(self.memory_root):
                 folder = os.path.join(self.memory_root, memory_id)
-                if memory_id in live_memory_ids:
+                if memory_id in live_memory_ids or not os.path.isdir(folder):
                     continue
                 for file in os.listdir(folder):
                     if f"{memory_id}/{file}" not in kept:
@@ -369,7 +369,7 @@ class PartialPull:
     """
 
     def __init__(self, snapshots: LocalSnapshots, name: str, digest: str) -> None:
-        self._root, self._memory_root = snapshots.root, snapshots.memory_root
+        self._snapshots, self._root, self._memory_root = snapshots, snapshots.root, snapshots.memory_root
         self.folder = os.path.join(self._root, f".{name}.pull-{digest[:16]}")
         self._lock = _Lock(self._root, name, wait=True)
         self.done: LocalSnapshot | None = None
@@ -392,8 +392,9 @@ class PartialPull:
     def file_path(self, path: str) -> str:
         """Return where a file of the snapshot is laid out. Raises Damaged if that is outside."""
         found = os.path.normpath(os.path.join(self.folder, path))
-        if not found.startswith(f"{self.folder}/") or "\0" in path or path.split("/")[0] in (MANIFEST, SEALS, _MEMORY):
-            raise Damaged(f"the snapshot names a file outside itself: {path[:80]!r}")
+        outside = not found.startswith(f"{self.folder}/") or "\0" in path or len(path) > _LONGEST_PATH
+        if outside or _is_ours(path.split("/")[0]):
+            raise Damaged(f"the snapshot names a file that is not its own: {path[:80]!r}")
         return found
 
     def memory_path(self, name: str) -> str:
@@ -403,8 +404,10 @@ class PartialPull:
     def publish(self, document: bytes, manifest: Manifest) -> LocalSnapshot:
         """Move the memory files where they belong and make the snapshot visible, sealed.
 
-        A memory file that another snapshot here names, too, is replaced by this one, which was just verified.
+        A memory file that another snapshot here names, too, is replaced by this one, which was just verified. Raises Damaged if
+        the other one means something else by it.
         """
+        self._require_no_others(LocalSnapshot(self.folder, self._memory_root, manifest, document))
         for memory in manifest.memory:
             path = os.path.join(self._memory_root, _checked_memory_name(memory.name))
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -414,12 +417,36 @@ class PartialPull:
             pass
         return _publish(self._root, self._memory_root, self.folder, manifest, document)
 
+    def _require_no_others(self, mine: LocalSnapshot) -> None:
+        memory = {m.name: m for m in mine.manifest.memory}
+        for name in self._snapshots.names():
+            with suppress(NotFound, Damaged):  # one that cannot be read is no good copy
+                other = self._snapshots.open(name)
+                for its in other.manifest.memory:
+                    my = memory.get(its.name)
+                    if my and (my.data_end != its.data_end or mine.extents(my) != _extents_of(other, its)):
+                        raise BadUsage(
+                            f"memory file {its.name} of snapshot {name} here is another one: remove {name} first"
+                        )
+
     def forget(self) -> None:
         """Remove what was laid out."""
         _remove_tree(self.folder)
 
 
 _MEMORY = "memory"
+_LONGEST_PATH = 256
+
+
+def _extents_of(local: LocalSnapshot, memory: MemoryFile) -> list[Extent] | None:
+    with suppress(Damaged):
+        return local.extents(memory)
+    return None
+
+
+def _is_ours(entry: str) -> bool:
+    """Whether an entry of a snapshot's folder is made by us, not by what the manifest says."""
+    return entry == _MEMORY or entry.startswith((".", MANIFEST, SEALS))
 
 
 def _checked_memory_name(name: str) -> str:

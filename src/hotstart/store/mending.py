@@ -8,8 +8,7 @@ from hotstart.errors import BadUsage, Damaged, NotFound, Refused
 from hotstart.store.content import digest_of
 from hotstart.store.local import Progress, no_progress
 from hotstart.store.packs import Place
-from hotstart.store.port import Missing
-from hotstart.store.publishing import Source, known_places, pushing, sign, store_pieces
+from hotstart.store.publishing import Source, known_places, pushing, sign, store_pieces, write_manifest
 from hotstart.store.pulling import damaged_chunks
 from hotstart.store.repository import Repository
 
@@ -26,18 +25,22 @@ def mend(source: Source, repository: Repository, progress: Progress = no_progres
         known = known_places(repository)
         with suppress(Damaged):
             known |= repository.places_of(digest)
-        bad = damaged_chunks(repository, {d: p.length for d, p in pieces.items()}, known, progress)
+
+        def alive(size: int) -> None:
+            lease.renew()
+            progress(size)
+
+        bad = damaged_chunks(repository, {d: p.length for d, p in pieces.items()}, known, alive)
         good = {d: p for d, p in known.items() if d not in bad}
         stored, _ = store_pieces(repository, (pieces[d] for d in bad), good, lease, progress)
         new = {d: stored[d] for d in bad}
-        repository.write_places(digest, {d: new.get(d) or known[d] for d in pieces})
+        # Ours last: until then, whoever mends it again finds what is damaged, and leads the others there.
         for other in {
             key.removeprefix("places/").partition(".")[0] for key, _ in list(repository.store.list("places/"))
         } - {digest}:
             _lead_to(repository, other, new)
-        if not _reads(repository, f"manifests/{digest}", digest):
-            repository.store.delete(f"manifests/{digest}")
-            repository.write_document(f"manifests/{digest}", digest, source.document)
+        repository.write_places(digest, {d: new.get(d) or known[d] for d in pieces})
+        write_manifest(repository, digest, source.document)
         try:
             repository.find(name)
         except (Damaged, NotFound):
@@ -51,17 +54,10 @@ def mend(source: Source, repository: Repository, progress: Progress = no_progres
 
 
 def _require_same(repository: Repository, name: str, digest: str) -> None:
-    try:
-        if repository.digest_named(name) != digest:
+    with suppress(Damaged, NotFound):
+        found = repository.digest_named(name)
+        if found != digest and any(any(repository.store.list(f"{kind}/{found}")) for kind in ("manifests", "places")):
             raise BadUsage(f"the store has another snapshot {name}: names are immutable")
-    except (Damaged, NotFound):
-        pass
-
-
-def _reads(repository: Repository, key: str, digest: str) -> bool:
-    with suppress(Missing, Damaged):
-        return digest_of(repository.read_document(key, digest)) == digest
-    return False
 
 
 def _lead_to(repository: Repository, other: str, new: dict[str, Place]) -> None:

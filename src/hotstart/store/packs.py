@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
+from itertools import count
 from typing import Protocol
 
+from blake3 import blake3
 from msgspec import Struct
 
 from hotstart.errors import Damaged
 from hotstart.snapshot.manifest import MOST_CHUNK_BYTES
 from hotstart.store.content import PAGE_BYTES, digest_of
-from hotstart.store.port import Bytes, Store
+from hotstart.store.port import Bytes, Missing, Store
 
 PACK_BYTES = 64 << 20
 RAW, ZSTD = 0, 1
 ZSTD_LEVEL = 1
 _WORTH_IT = 0.93  # of its length: a chunk that shrinks less is stored as it is, and read without a copy
 _SAMPLE_BYTES = 4096
+_MOST_WINDOW_BYTES = 8 << 20
+_MOST_PACK_BYTES = 1 << 40
+_DIGEST_BYTES = 32
 _MAGIC = b"HSPACK1\0"
 _END_MAGIC = b"HSPACKE\0"
 _HEADER = struct.Struct("<8sII16s16s")
@@ -78,7 +83,8 @@ class Codec:
 
         self._compress = compress
         self._compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=False, write_checksum=False)
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW_BYTES)
+        self._content_size = zstandard.frame_content_size
         self._error = zstandard.ZstdError
 
     def encode(self, data: Bytes) -> tuple[int, Bytes]:
@@ -98,7 +104,9 @@ class Codec:
         if codec != ZSTD:
             raise Damaged(f"a chunk has codec {codec}, which this hotstart does not know: update it")
         try:
-            return self._decompressor.decompress(data, max_output_size=length)
+            if self._content_size(data) > length:  # it would be believed
+                raise Damaged("a compressed chunk is damaged")
+            return self._decompressor.decompress(data, max_output_size=length, allow_extra_data=False)
         except self._error as e:
             raise Damaged("a compressed chunk is damaged") from e
 
@@ -126,17 +134,15 @@ class Pack:
 
     def __init__(self, sealing: Sealing = NOT_SEALED, cipher: Cipher | None = None) -> None:
         self._sealing, self._cipher = sealing, cipher
-        self._parts: list[Bytes] = [
-            _HEADER.pack(
-                _MAGIC,
-                _ENCRYPTED if sealing.encrypted else 0,
-                0,
-                bytes.fromhex(sealing.key_set).ljust(16, b"\0"),
-                bytes.fromhex(sealing.salt).ljust(16, b"\0"),
-            )
-        ]
+        self._parts: list[Bytes] = [self._header(0)]
         self.size_bytes = _HEADER.size
         self._records: list[tuple[str, int, int, int, int]] = []
+
+    def _header(self, number: int) -> bytes:
+        """The header; another number gives the pack another name, beside a damaged one of the same chunks."""
+        flags = _ENCRYPTED if self._sealing.encrypted else 0
+        key_set, salt = bytes.fromhex(self._sealing.key_set), bytes.fromhex(self._sealing.salt)
+        return _HEADER.pack(_MAGIC, flags, number, key_set.ljust(16, b"\0"), salt.ljust(16, b"\0"))
 
     @property
     def full(self) -> bool:
@@ -169,15 +175,29 @@ class Pack:
             _RECORD.pack(bytes.fromhex(digest), position, stored, length, codec, 0)
             for digest, position, stored, length, codec in self._records
         )
-        header = bytes(self._parts[0])
-        name = digest_of(header + records)
         table = records + _FOOTER.pack(len(self._records), 0, _END_MAGIC)
-        added = store.write(f"packs/{name}", *self._parts, table)
+        added = False
+        for number in count():
+            self._parts[0] = header = self._header(number)
+            name = digest_of(header + records)
+            added = store.write(f"packs/{name}", *self._parts, table)
+            if added or _holds(store, f"packs/{name}", (*self._parts, table)):
+                break
         places = {
             digest: Place(name, position, stored, length, codec, self._sealing)
             for digest, position, stored, length, codec in self._records
         }
         return places, self.size_bytes + len(table) if added else 0
+
+
+def _holds(store: Store, key: str, parts: Iterable[Bytes]) -> bool:
+    wanted = blake3()
+    for part in parts:
+        wanted.update(part)
+    try:
+        return digest_of(store.read(key)) == wanted.hexdigest()
+    except Missing:
+        return False
 
 
 def read_pack_table(store: Store, name: str, size_bytes: int) -> dict[str, Place]:
@@ -209,7 +229,7 @@ def encode_places(places: Mapping[str, Place]) -> bytes:
     """Return the table of where a snapshot's chunks are: its packs, then its chunks by digest."""
     packs = {p.pack: p.sealing for p in places.values()}
     number = {pack: i for i, pack in enumerate(sorted(packs))}
-    return b"".join(
+    table = b"".join(
         (
             _PLACES_MAGIC,
             _PLACES_HEAD.pack(len(packs), len(places)),
@@ -220,6 +240,7 @@ def encode_places(places: Mapping[str, Place]) -> bytes:
             ),
         )
     )
+    return table + bytes.fromhex(digest_of(table))
 
 
 def _encode_pack(pack: str, sealing: Sealing) -> bytes:
@@ -232,7 +253,14 @@ def _encode_pack(pack: str, sealing: Sealing) -> bytes:
 
 
 def decode_places(data: bytes) -> dict[str, Place]:
-    """Read a table of places. Raises Damaged; what it leads to is verified by digest in any case."""
+    """Read a table of places. Raises Damaged.
+
+    Whoever reads a chunk verifies it in any case. The table's own digest is for whoever stores another snapshot, and relies on
+    a chunk without reading it.
+    """
+    data, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:].hex()
+    if digest_of(data) != digest:
+        raise Damaged("the store's table of places is damaged")
     head = len(_PLACES_MAGIC) + _PLACES_HEAD.size
     if not data.startswith(_PLACES_MAGIC) or len(data) < head:
         raise Damaged("the store's table of places is damaged")
@@ -245,10 +273,15 @@ def decode_places(data: bytes) -> dict[str, Place]:
         for pack, flags, key_set, salt in _PACK.iter_unpack(data[head:middle])
     ]
     places = {}
-    for digest, number, position, stored, length, codec, _ in _PLACE.iter_unpack(data[middle:]):
-        if number >= n_packs or length > MOST_CHUNK_BYTES or stored > 2 * MOST_CHUNK_BYTES:
+    for raw, number, position, stored, length, codec, _ in _PLACE.iter_unpack(data[middle:]):
+        if (
+            number >= n_packs
+            or position > _MOST_PACK_BYTES
+            or length > MOST_CHUNK_BYTES
+            or stored > 2 * MOST_CHUNK_BYTES
+        ):
             raise Damaged("the store's table of places is damaged")
-        places[digest.hex()] = Place(packs[number][0], position, stored, length, codec, packs[number][1])
+        places[raw.hex()] = Place(packs[number][0], position, stored, length, codec, packs[number][1])
     return places
 
 

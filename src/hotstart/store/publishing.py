@@ -18,7 +18,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
+from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 from hotstart.snapshot.manifest import Manifest
 from hotstart.store.content import digest_of
 from hotstart.store.leases import COLLECT, PUSH, Lease
@@ -134,13 +134,13 @@ def publish(source: Source, repository: Repository, progress: Progress = no_prog
         places, added = store_pieces(repository, source.pieces(), known_places(repository), lease, progress)
         lease.require()
         added += repository.write_places(digest, places)
-        added += repository.write_document(f"manifests/{digest}", digest, source.document)
+        added += write_manifest(repository, digest, source.document)
         added += sign(repository, digest)
         source.require()
         if not repository.store.write(f"names/{name}", digest.encode()) and not _is_there(repository, name, digest):
             raise HotstartError(f"the name {name} vanished from the store while it was being written: try again")
         _is_there(repository, name, digest)  # a store that lets two writers through tells the one that lost by this
-        _require_packs(repository, lease, name, packs_of(places.values()))
+        _require_complete(repository, lease, name, digest, packs_of(places.values()))
         try:
             source.require()
         except NotFound:
@@ -161,6 +161,21 @@ def _is_there(repository: Repository, name: str, digest: str) -> bool:
         return bool(repository.find(name))
     except Damaged:
         return False  # writing it again mends what can be mended
+    except Refused:
+        return True  # for want of a signature, which we are about to add
+
+
+def write_manifest(repository: Repository, digest: str, document: bytes) -> int:
+    """Write a manifest, in the place of a damaged one if there is one; returns the bytes that this added."""
+    key = f"manifests/{digest}"
+    added = repository.write_document(key, digest, document)
+    if added:
+        return added
+    with suppress(Missing, Damaged):
+        if repository.read_document(key, digest) == document:
+            return 0
+    repository.store.delete(key)
+    return repository.write_document(key, digest, document)
 
 
 def store_pieces(
@@ -182,18 +197,28 @@ def sign(repository: Repository, digest: str) -> int:
     from hotstart.store.signing import key_id
 
     signature = repository.keyring.signer().sign(digest)
-    data = signature.to_bytes()
-    return len(data) if repository.store.write(f"signatures/{digest}.{key_id(signature.key)}", data) else 0
+    key, data = f"signatures/{digest}.{key_id(signature.key)}", signature.to_bytes()
+    if repository.store.write(key, data):
+        return len(data)
+    with suppress(Missing):
+        if repository.store.read(key) == data:
+            return 0
+    repository.store.delete(key)  # a damaged one
+    return len(data) if repository.store.write(key, data) else 0
 
 
-def _require_packs(repository: Repository, lease: Lease, name: str, needed: set[str]) -> None:
+def _require_complete(repository: Repository, lease: Lease, name: str, digest: str, needed: set[str]) -> None:
     """After the name was written: if our lease was broken meanwhile, what it leads to may have been collected."""
     try:
         lease.require()
     except HotstartError:
+        _wait_for_collection(repository, lease)  # it may have begun before it could see the name
         there = {key.removeprefix("packs/") for key, _ in repository.store.list("packs/")}
-        if needed <= there:
-            return
+        with suppress(Damaged, NotFound):
+            repository.find(name)
+            repository.places_of(digest)
+            if needed <= there:
+                return
         repository.store.delete(f"names/{name}")
         raise
 
@@ -201,12 +226,21 @@ def _require_packs(repository: Repository, lease: Lease, name: str, needed: set[
 @contextmanager
 def pushing(repository: Repository) -> Iterator[Lease]:
     """Hold a lease for a push; waits while the store is being collected."""
-    deadline = time.monotonic() + _WAIT_FOR_COLLECTION_S
     while True:
         with repository.leases.take(PUSH) as lease:
-            if not any(held.purpose == COLLECT for held in repository.leases.others(lease)):
+            if not _is_collected(repository, lease):
                 yield lease
                 return
+        _wait_for_collection(repository, None)
+
+
+def _is_collected(repository: Repository, lease: Lease | None) -> bool:
+    return any(held.purpose == COLLECT for held in repository.leases.others(lease))
+
+
+def _wait_for_collection(repository: Repository, lease: Lease | None) -> None:
+    deadline = time.monotonic() + _WAIT_FOR_COLLECTION_S
+    while _is_collected(repository, lease):
         if time.monotonic() > deadline:
             raise HotstartError("the store is being collected for very long: try again later")
         time.sleep(0.2)
@@ -227,7 +261,11 @@ def known_places(repository: Repository) -> dict[str, Place]:
         if pack not in known:
             with suppress(Damaged, Missing):
                 places |= read_pack_table(repository.store, pack, size)
-    return {d: p for d, p in places.items() if p.pack in packs and p.sealing.encrypted == repository.encrypts}
+    return {
+        d: p
+        for d, p in places.items()
+        if p.position + p.stored_bytes <= packs.get(p.pack, 0) and p.sealing.encrypted == repository.encrypts
+    }
 
 
 class _Packer:

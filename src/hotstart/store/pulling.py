@@ -85,7 +85,10 @@ def pull(
                 return _lay_out(found, repository, partial, lease, progress)
             except Damaged:
                 partial.forget()
+                repository.digest_named(name)  # raises NotFound if it was removed before our lease was seen
                 raise
+            except OSError as e:
+                raise HotstartError(f"snapshot {name} cannot be laid out here: {e.strerror}") from e
 
 
 @contextmanager
@@ -111,6 +114,7 @@ def _lay_out(
     with ExitStack() as stack:
         stack.callback(transfer.close)
         wanted: Wanted = {}
+        fds = []
         for file in manifest.files:
             path = partial.file_path(file.path)
             fd = stack.enter_context(_open_sized(path, file.size_bytes))
@@ -120,16 +124,16 @@ def _lay_out(
             for chunk in file.chunks:
                 transfer.want(wanted, chunk.digest, chunk.length, Target(fd, at))
                 at += chunk.length
+            fds.append(fd)
         transfer.run(wanted)
         wanted = {}
-        fds = []
         for memory, extents in _extents(manifest, partial):
             fd = stack.enter_context(_open_sized(partial.memory_path(memory.name), memory.size_bytes))
             fds.append(fd)
             for extent in extents:
                 transfer.want(wanted, extent.digest, extent.length, Target(fd, extent.offset))
         transfer.run(wanted)
-        for fd in fds:
+        for fd in fds:  # before it is sealed: from then on nobody reads it again
             os.fsync(fd)
             os.fchmod(fd, 0o444)
     return partial.publish(found.document, manifest)

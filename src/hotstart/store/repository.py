@@ -101,11 +101,13 @@ class Repository:
     def places_of(self, digest: str) -> dict[str, Place]:
         """Return where a snapshot's chunks are, by the newest table of it that can be read. Raises Damaged."""
         problem = Damaged(f"the store has lost the places of snapshot {digest[:12]}")
-        for key in reversed([key for key, _ in self.store.list(f"places/{digest}.")]):
+        tried: set[str] = set()
+        while keys := [key for key, _ in self.store.list(f"places/{digest}.") if key not in tried]:
+            tried.add(keys[-1])
             try:
-                return decode_places(self.store.read(key))
+                return decode_places(self.store.read(keys[-1]))
             except Missing:
-                continue
+                continue  # replaced by a newer one beside us: listed now
             except Damaged as e:
                 problem = e
         raise problem
@@ -114,7 +116,8 @@ class Repository:
         """Write a table of places beside those that there are, then remove them; returns the bytes written."""
         table = encode_places(places)
         former = [key for key, _ in self.store.list(f"places/{digest}.")]
-        number = int(former[-1].rpartition(".")[2]) + 1 if former else 0
+        last = former[-1].rpartition(".")[2] if former else ""
+        number = int(last) + 1 if last.isdecimal() else 0
         while not self.store.write(f"places/{digest}.{number:08}", table):
             number += 1
         for key in former:
