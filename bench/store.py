@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import mmap
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -100,7 +101,9 @@ class Figures(Struct, frozen=True):
 # ---- chunks
 
 
-def memory_chunks(local: LocalSnapshot, how: Callable[..., Iterator[tuple[int, int]]]) -> tuple[list[int], dict[str, int], float]:
+def memory_chunks(
+    local: LocalSnapshot, how: Callable[..., Iterator[tuple[int, int]]]
+) -> tuple[list[int], dict[str, int], float]:
     """Cut a snapshot's memory files: lengths of all chunks, lengths by digest, seconds that cutting took."""
     lengths, unique, took = [], {}, 0.0
     for memory in local.manifest.memory:
@@ -143,9 +146,7 @@ def measure_cutting(locals_: list[LocalSnapshot]) -> list[Cutting]:
             others = {other.manifest.name: memory_chunks(other, how)[1] for other in locals_[1:]}
         news = {n: sum(length for d, length in other.items() if d not in unique) for n, other in others.items()}
         total = sum(lengths)
-        found.append(
-            Cutting(name, total / took, len(lengths), total / len(lengths), total, sum(unique.values()), news)
-        )
+        found.append(Cutting(name, total / took, len(lengths), total / len(lengths), total, sum(unique.values()), news))
     return found
 
 
@@ -232,31 +233,32 @@ def _time_codec(make: Callable, chunks: list[bytes], threads: int) -> tuple[floa
 
 
 def child(arguments: list[str]) -> int:
-    """Do one transfer in this process and print what it took: `push HOME NAME STORE CODEC`, `pull ...`, `write`, `read`, `copy`."""
+    """Do one transfer in this process and print what it took: push, pull, write, read, copy, program."""
     what, *rest = arguments
-    began = time.perf_counter()
     if what in ("push", "pull"):
         home, name, folder, codec = rest
-        holder = Holder("", os.getpid(), 0)
-        repository = Repository(
-            DirectoryStore(folder),
-            Leases(MemoryStore(), holder, lambda _: False, time.time),
-            codec=partial(Codec, compress=codec == "zstd"),
-        )
+        leases = Leases(MemoryStore(), Holder("", os.getpid(), 0), lambda _: False, time.time)
+        repository = Repository(DirectoryStore(folder), leases, codec=partial(Codec, compress=codec == "zstd"))
         snapshots = LocalSnapshots(home)
-        began = time.perf_counter()
-        if what == "push":
-            with LocalSource(snapshots.open(name)) as source:
-                publish(source, repository)
-        else:
-            pull(name, repository, snapshots)
+    began, cpu_began = time.perf_counter(), time.process_time()
+    if what == "push":
+        with LocalSource(snapshots.open(name)) as source:
+            publish(source, repository)
+    elif what == "pull":
+        pull(name, repository, snapshots)
+    elif what == "program":
+        subprocess.run(["/bin/sh", "-ec", *rest], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     else:
-        source_path, target = rest
-        direct(source_path if what != "write" else None, target if what != "read" else None, os.stat(source_path).st_size)
-    took = time.perf_counter() - began
-    with open("/proc/self/status", encoding="ascii") as f:
-        peak = next(int(line.split()[1]) << 10 for line in f if line.startswith("VmHWM"))
-    print(f"{took} {peak}")
+        path, target = rest
+        direct(path if what != "write" else None, target if what != "read" else None, os.stat(path).st_size)
+    took, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+    if what == "program":
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss << 10
+    else:
+        with open("/proc/self/status", encoding="ascii") as f:
+            peak = next(int(line.split()[1]) << 10 for line in f if line.startswith("VmHWM"))
+    sys.stdout.buffer.write(json.encode(Run(took, cpu, peak)))
     return 0
 
 
@@ -300,26 +302,14 @@ class Run(Struct):
 
 
 def run_child(*arguments: str) -> Run:
-    """Do a transfer in a process of its own."""
-    started = subprocess.Popen([sys.executable, __file__, "--child", *arguments], stdout=subprocess.PIPE, text=True)
-    out = started.stdout.read() if started.stdout else ""
-    _, status, usage = os.wait4(started.pid, 0)
-    started.returncode = os.waitstatus_to_exitcode(status)
-    if started.returncode:
-        raise SystemExit(f"{arguments} failed")
-    took, peak = out.split()
-    return Run(float(took), usage.ru_utime + usage.ru_stime, int(peak))
+    """Do a transfer in a process of its own, which tells what it took."""
+    done = subprocess.run([sys.executable, __file__, "--child", *arguments], stdout=subprocess.PIPE, check=True)
+    return json.decode(done.stdout, type=Run)
 
 
 def run_program(command: str) -> Run:
-    """Run a shell command. Its peak is that of its largest process, as the kernel reports it to the parent."""
-    began = time.perf_counter()
-    started = subprocess.Popen(["/bin/sh", "-ec", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(started.pid, 0)
-    started.returncode = os.waitstatus_to_exitcode(status)
-    if started.returncode:
-        raise SystemExit(f"failed: {command}")
-    return Run(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)
+    """Run a shell command. Its peak is that of its largest process; less than our child's own, 60 MiB, cannot be seen."""
+    return run_child("program", command)
 
 
 def drop_from_cache(*paths: Path) -> None:
@@ -369,7 +359,11 @@ def measure_transfers(hotstart: Hotstart, local: LocalSnapshot, flat: Path, work
             while f.read(BLOCK_BYTES):
                 pass
         note("cp and sync", run_program(f"cp {flat} {device} && sync {device}"), device)
-        note("zstd -1 -T0 and sync", run_program(f"zstd -q -f -1 -T0 {flat} -o {device}.zst && sync {device}.zst"), Path(f"{device}.zst"))
+        note(
+            "zstd -1 -T0 and sync",
+            run_program(f"zstd -q -f -1 -T0 {flat} -o {device}.zst && sync {device}.zst"),
+            Path(f"{device}.zst"),
+        )
         if has_restic:
             run_program(f"{restic} init --repository-version 2")
             note("restic backup", run_program(f"cd {work} && {restic} backup {flat.name} && sync"), work / "restic")
@@ -383,7 +377,10 @@ def measure_transfers(hotstart: Hotstart, local: LocalSnapshot, flat: Path, work
             shutil.rmtree(home)
         drop_from_cache(work)
         note("cp back and sync", run_program(f"cp {device} {work / 'copied'} && sync {work / 'copied'}"))
-        note("zstd -d and sync", run_program(f"zstd -q -d -f {device}.zst -o {work / 'copied'} && sync {work / 'copied'}"))
+        note(
+            "zstd -d and sync",
+            run_program(f"zstd -q -d -f {device}.zst -o {work / 'copied'} && sync {work / 'copied'}"),
+        )
         if has_restic:
             drop_from_cache(work)
             note("restic restore", run_program(f"{restic} restore latest --target {work / 'home'} && sync"))
@@ -399,7 +396,9 @@ _BACK = ("pull", "cp back", "zstd -d", "restic restore", "device: copy")
 
 def _transfer(what: str, found: list[Run], total: int, runs: dict[str, list[Run]], stored: int) -> Transfer:
     took = median(r.seconds for r in found)
-    limit = runs["device: copy" if what.startswith(_BACK) else "device: read" if what == "device: read" else "device: write"]
+    limit = runs[
+        "device: copy" if what.startswith(_BACK) else "device: read" if what == "device: read" else "device: write"
+    ]
     return Transfer(
         what,
         took,
@@ -465,7 +464,9 @@ def measure(hotstart: Hotstart, names: list[str], rounds: int) -> Figures:
 def print_figures(figures: Figures) -> None:
     """Print the tables."""
     others = figures.snapshots[1:]
-    print(f"\n{size(figures.bytes)} of distinct chunks, {figures.cores} cores, BLAKE3 {_rate(figures.blake3_bytes_per_s)}\n")
+    print(
+        f"\n{size(figures.bytes)} of distinct chunks, {figures.cores} cores, BLAKE3 {_rate(figures.blake3_bytes_per_s)}\n"
+    )
     print_table(
         ("CHUNKS", "CUTTING", "NUMBER", "MEAN", "DATA", "UNIQUE", *(f"NEW IN {n}" for n in others)),
         [
