@@ -1,5 +1,6 @@
 """The store in a folder: nothing torn is ever visible, however a writer ends; a full disk is one clear error."""
 
+import errno
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -55,20 +57,14 @@ root, step = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-class Torn:
-    def __init__(self, file):
-        self.file = file
-    def __enter__(self):
-        return self
-    def __exit__(self, *_):
-        self.file.close()
-    def write(self, data):
-        self.file.write(data[: len(data) // 2])
-        self.file.flush()
-        die()
+pwrite = os.pwrite
+
+def torn(fd, data, at):
+    pwrite(fd, data[: len(data) // 2], at)
+    die()
 
 if step == "write":
-    directory.open = lambda *a: Torn(open(*a))
+    os.pwrite = torn
 else:
     setattr(os, step, die)
 directory.DirectoryStore(root).write("packs/a", b"0123456789" * 1000)
@@ -88,6 +84,25 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(root, step, visible):
     assert leftovers(root) == []
     assert store.write("packs/a", b"0123456789" * 1000) is not visible
     assert store.read("packs/a") == b"0123456789" * 1000
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, (4 << 20) - 1, 4 << 20, (8 << 20) + 4097])
+def test_what_goes_past_the_page_cache_is_written_to_the_last_byte(root, monkeypatch, size, direct):
+    opened = os.open
+
+    def without_direct(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "this file system cannot")
+        return opened(path, flags, *rest)
+
+    if not direct:
+        monkeypatch.setattr(os, "open", without_direct)
+    data = random.Random(size).randbytes(size)
+    cuts = (0, 1, 4097, 70_000, size)
+    assert DirectoryStore(str(root)).write("packs/a", *(data[a:b] for a, b in pairwise(cuts)))
+    assert (root / "packs" / "a").read_bytes() == data
+    assert leftovers(root) == []
 
 
 _WRITE_FOR_EVER = """

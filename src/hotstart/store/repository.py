@@ -46,8 +46,9 @@ class Repository:
         leases: Leases,
         keyring: Keyring | None = None,
         read_key: Callable[[], bytes] | None = None,
+        codec: Callable[[], Codec] = Codec,
     ) -> None:
-        self.store, self.leases, self.keyring, self._read_key = store, leases, keyring, read_key
+        self.store, self.leases, self.keyring, self._read_key, self._new_codec = store, leases, keyring, read_key, codec
         self._data_keys: DataKeys | None = None
         self._ciphers: dict[Sealing, Cipher] = {}
         self._thread = thread_local()
@@ -151,7 +152,7 @@ class Repository:
         """Return this thread's codec."""
         codec: Codec | None = getattr(self._thread, "codec", None)
         if codec is None:
-            codec = self._thread.codec = Codec()
+            codec = self._thread.codec = self._new_codec()
         return codec
 
     def read_chunk(self, digest: str, places: Mapping[str, Place]) -> Bytes:
