@@ -3,7 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Apart: mypy and import-linter bring typing_extensions, which would cost every start of `hotstart` 15 ms.
+# Apart: mypy and import-linter bring typing_extensions, which would cost every start of `hotstart` 15 ms. obstore names it, too,
+# for type checkers only.
 TOOLS := .tools/bin
 NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
@@ -22,6 +23,7 @@ $(VENV)/.packages: scripts/install-packages
 $(VENV)/.set-up: $(VENV)/.packages pyproject.toml build_native.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,plots]'
+	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes typing_extensions
 	@touch $@
 
 $(VENV)/.criu: $(VENV)/.packages scripts/install-criu scripts/criu-selftest
@@ -40,6 +42,7 @@ demo: compiled engine ## a real language model: cold start, snapshot, plain CRIU
 
 test: compiled ## all tests but the long ones
 	scripts/install-engine transformers
+	scripts/install-swift
 	$(BIN)/pytest -m "not long"
 
 test-long: compiled ## soaks, fuzzing, big matrices

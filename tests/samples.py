@@ -34,6 +34,7 @@ def a_worker() -> WorkerSpec:
         cpus=1.5,
         writable=("/srv/cache",),
         visible=("/tmp/work",),
+        omitted=("API_TOKEN",),
     )
 
 

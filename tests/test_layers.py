@@ -76,6 +76,12 @@ def test_what_a_restore_loads_first_costs_no_other_package(module):
     assert not {name.partition(".")[0] for name in added_by(module)} & {"msgspec", "blake3", "argparse", "subprocess"}
 
 
+def test_no_start_pays_for_typing_extensions():
+    added = added_by("hotstart.api")
+    assert "msgspec" in added
+    assert "typing_extensions" not in added, "make setup removes it from the virtual environment"
+
+
 def test_no_module_does_anything_when_it_is_imported():
     modules = [
         ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)

@@ -55,7 +55,7 @@ def one_of_each_kind(folder):
     for path in files_with_bytes(folder):
         kind = re.sub(r"[0-9a-f]{8,}|\d+", "*", str(path.relative_to(folder).parent)), path.suffix
         kinds[kind] = max(kinds.get(kind, path), path, key=taken)
-    return sorted(kinds.values())
+    return sorted(path for path in kinds.values() if path.name != ".uses")  # says how often, nothing that runs
 
 
 def files_with_bytes(folder, least=1):
@@ -138,8 +138,11 @@ def damaged(bench, hs, path, how):
 
 
 def heal(bench, hs):
-    """Bring back the good bytes of all files that differ, in place where possible."""
+    """Bring back the good bytes of all files that differ, in place where possible; what a repair has stored anew goes."""
     good = bench.work / "victim/good"
+    for present in (p for p in (hs.home / "store").rglob("*") if p.is_file()):
+        if not (good / present.relative_to(hs.home)).exists():
+            present.unlink()
     for original in (p for p in good.rglob("*") if p.is_file()):
         present = hs.home / original.relative_to(good)
         if contents(present) != contents(original):
@@ -173,8 +176,10 @@ def harmed_and_seen(bench, place, how):
             bad = contents(path)
             verified = hs("snapshot", "verify", "v")
             still = contents(path) == bad
-            if verified.code == DONE and still and not harmless(path, how):
+            if verified.code == DONE and still and not (how is os.unlink and path.parent.name == "names"):
                 said.append("verify passes it")
+            elif verified.code == DONE and still and (wrongly := not_called_unpublished(hs)):
+                said.append(wrongly)
             elif verified.code not in (DONE, REFUSED):
                 said.append(f"verify: {verified}")
             for attempt in (restores_rightly, *([repairs] if how is flip else [])):
@@ -187,9 +192,13 @@ def harmed_and_seen(bench, place, how):
     return wrong
 
 
-def harmless(path, how):
-    """Nobody reads a log, and a snapshot without a name in the store is one that has not been published yet."""
-    return path.suffix == ".log" or (how is os.unlink and path.parent.name == "names")
+def not_called_unpublished(hs):
+    """A snapshot without a name in the store is one that has not been published yet: verify and ls must say so."""
+    report = hs.json("snapshot", "verify", "v")
+    where = {each["snapshot"]: each["where"] for each in hs.json("snapshot", "ls")}
+    if (report["local"], report["stored"], where["v"]) != ("good", None, "local"):
+        return f"its name in the store is gone, and verify says {report}, ls {where}"
+    return None
 
 
 def repairs(hs):

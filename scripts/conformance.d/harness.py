@@ -255,10 +255,24 @@ class Hotstart:
         self.forget(*(each["name"] for each in self.ps()))
 
 
+# What takes long tells its stages on stderr, one a line, unless it prints JSON.
+STAGES = {
+    "snapshot create": ["starting the worker", "waiting until it is ready", "warming up", "capturing", "digesting", "trying it",
+                        "storing"],
+    "snapshot verify": ["stored copy", "local copy", "repairing"],
+    "snapshot push": ["storing"], "snapshot pull": ["pulling"], "snapshot export": ["exporting"], "snapshot import": ["importing"],
+}
+
+
 def one_line(done):
-    lines = [line for line in done.err.strip().splitlines() if not line.endswith(" ...")]  # those tell progress
+    """Check that an error is one line, after the stages that were told."""
+    typed, lines = list(map(str, done.arguments)), done.err.splitlines()
+    told = [] if "--json" in typed else [f"{stage} ..." for stage in STAGES.get(" ".join(typed[:2]), [])]
+    while lines and lines[0] in told:
+        lines.pop(0)
     expect("Traceback" not in done.err, f"{done}: a traceback")
     expect(len(lines) == 1, f"{done}: {len(lines)} lines on stderr, not one")
+    expect(lines[0].startswith("hotstart: ") or "exec" in typed, f"{done}: whose line is it?")
 
 
 class Bench:

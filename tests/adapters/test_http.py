@@ -7,10 +7,22 @@ from contextlib import suppress
 
 import pytest
 
-from hotstart.adapters.http import NoAnswerError, ask
+from hotstart.adapters import http
+from hotstart.adapters.http import NoAnswerError, encode_request, read_answer
 from hotstart.snapshot.warmup import Answer, Request
 
 GET = Request("GET", "/health")
+HEAD = Request("HEAD", "/health")
+
+
+def ask(s, request, timeout_s):
+    """Send a request and read the answer, as one who asks does."""
+    with s:
+        try:
+            s.sendall(encode_request(request))
+        except OSError as e:
+            raise NoAnswerError("it left") from e
+        return read_answer(s, request.method, time.monotonic() + timeout_s)
 
 
 class Server:
@@ -119,6 +131,10 @@ def test_a_large_body_arrives_whole():
         (b"HTTP/1.1 200\r\n\r\n", Answer(200, b"")),
         (b"HTTP/1.0 200 OK\r\n\r\na\r\n\r\nb", Answer(200, b"a\r\n\r\nb")),
         (b"HTTP/1.0 200 OK\r\n\r\n\x00\xff", Answer(200, b"\x00\xff")),
+        (b"HTTP/1.1 200 OK\r\ncontent-length : 3\r\n\r\nhello", Answer(200, b"hel")),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nhi", Answer(200, b"hi")),
+        (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", Answer(304, b"")),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", Answer(200, b"hi")),
     ],
 )
 def test_a_whole_answer_is_returned(said, answer):
@@ -135,13 +151,21 @@ def test_a_large_answer_is_returned_whole():
     assert answer_of(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body), body) == Answer(200, body)
 
 
-def test_the_socket_is_closed_whether_an_answer_came_or_not():
-    for said in (b"HTTP/1.0 200 OK\r\n\r\n", b"nonsense"):
-        with Server(saying(said)) as server:
-            s = server.connect()
-            with suppress(NoAnswerError):
-                ask(s, GET, 5)
-            assert s.fileno() == -1
+@pytest.mark.parametrize(
+    ("request_", "said", "answer"),
+    [
+        (GET, b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", Answer(200, b"hello")),
+        (GET, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", Answer(200, b"")),
+        (GET, b"HTTP/1.1 204 No Content\r\n\r\n", Answer(204, b"")),
+        (HEAD, b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", Answer(200, b"")),
+        (HEAD, b"HTTP/1.1 200 OK\r\n\r\n", Answer(200, b"")),
+    ],
+)
+def test_a_server_that_keeps_the_connection_open_is_not_waited_for(request_, said, answer):
+    done = threading.Event()
+    with Server(lambda connection: (connection.sendall(said), done.wait(10))) as server:
+        assert ask(server.connect(), request_, 5) == answer
+        done.set()
 
 
 # ---- no answer
@@ -154,7 +178,12 @@ def test_the_socket_is_closed_whether_an_answer_came_or_not():
         (b"HTTP/1.1 200 OK\r\nContent-Le", "not HTTP/1"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhell", "cut off after 4 of 5 bytes"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "cut off after 0 of 5 bytes"),
-        (b"HTTP/1.1 200 OK\r\ncontent-length : 3\r\n\r\nhello", "cut off after 5 of 3 bytes"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nhello", "how long it is"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -3\r\n\r\nhello", "how long it is"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", "how long it is"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n", "longer than 64 MiB"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", "closed before an answer"),
+        (b"HTTP/1.1 20000 OK\r\n\r\n", "not HTTP/1"),
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "not HTTP/1"),
         (b"HTTP/2 200\r\n\r\n", "not HTTP/1"),
         (b"HTTP/1.1 OK\r\n\r\n", "not HTTP/1"),
@@ -169,11 +198,33 @@ def test_half_an_answer_is_never_taken_for_one(said, reason):
         answer_of(said)
 
 
+def test_an_answer_without_end_is_not_kept(monkeypatch):
+    monkeypatch.setattr(http, "MOST_BYTES", 1 << 20)
+
+    def flood(connection):
+        connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+        while True:
+            connection.sendall(bytes(65536))
+
+    with Server(flood) as server, pytest.raises(NoAnswerError, match="longer than 1 MiB"):
+        ask(server.connect(), GET, 30)
+
+
+def test_headers_without_end_are_not_kept():
+    def flood(connection):
+        connection.sendall(b"HTTP/1.0 200 OK\r\n")
+        while True:
+            connection.sendall(b"x: y\r\n" * 1000)
+
+    with Server(flood) as server, pytest.raises(NoAnswerError, match="not HTTP/1"):
+        ask(server.connect(), GET, 30)
+
+
 def test_a_server_that_says_nothing_is_not_waited_for_longer_than_asked():
     done = threading.Event()
     with Server(lambda _: done.wait(10)) as server:
         began = time.monotonic()
-        with pytest.raises(NoAnswerError, match=r"no answer within 0\.2 s"):
+        with pytest.raises(TimeoutError):
             ask(server.connect(), GET, 0.2)
         took = time.monotonic() - began
         done.set()
@@ -190,7 +241,7 @@ def test_a_server_that_dribbles_is_not_waited_for_longer_than_asked():
 
     with Server(dribble) as server:
         began = time.monotonic()
-        with pytest.raises(NoAnswerError, match="no answer within"):
+        with pytest.raises(TimeoutError):
             ask(server.connect(), GET, 0.3)
         took = time.monotonic() - began
         done.set()
@@ -201,7 +252,7 @@ def test_a_connection_that_is_reset_is_no_answer():
     def reset(connection):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
 
-    with Server(reset) as server, pytest.raises(NoAnswerError):
+    with Server(reset) as server, pytest.raises((NoAnswerError, ConnectionResetError)):
         ask(server.connect(), GET, 5)
 
 

@@ -17,7 +17,7 @@ import pytest
 from hotstart import errors
 from hotstart.adapters.linux import filepack
 from hotstart.cli.main import main
-from hotstart.restore.receipt import measure_stages
+from hotstart.restore.receipt import STAGES
 from hotstart.snapshot.manifest import FORMAT, FORMAT_MAJOR, FORMAT_MINOR
 from hotstart.store import content, packs
 
@@ -26,6 +26,7 @@ SOURCE = ROOT / "src" / "hotstart"
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCS]
 SHELL = {"sh", "text", ""}
+GROUPS = ("snapshot", "keys")  # commands of two words
 
 # Where the documents list the fields of a value: document, heading, the value's class.
 FIELDS = [
@@ -38,6 +39,7 @@ FIELDS = [
     ("docs/format.md", "NeededFile", "snapshot.manifest.NeededFile"),
     ("docs/format.md", "Oracle", "snapshot.warmup.Oracle"),
     ("docs/format.md", "RecordedRestore", "snapshot.manifest.RecordedRestore"),
+    ("docs/format.md", "Signature", "store.signing.Signature"),
     ("docs/cli.md", "hotstart snapshot create", "api.capturing.SnapshotTaken"),
     ("docs/cli.md", "hotstart plan", "restore.plan.Plan"),
     ("docs/cli.md", "hotstart receipt", "restore.receipt.Receipt"),
@@ -125,12 +127,12 @@ def options_of(command: str) -> set[str]:
 
 @cache
 def commands() -> tuple[str, ...]:
-    """Every command, those of `snapshot` with their two words."""
+    """Every command, those of a group with their two words."""
 
     def listed(command: str) -> list[str]:
         return re.findall(r"^  ([a-z]+)  +\S", help_of(command), re.MULTILINE)
 
-    return (*(c for c in listed("") if c != "snapshot"), *(f"snapshot {c}" for c in listed("snapshot")))
+    return (*(c for c in listed("") if c not in GROUPS), *(f"{group} {c}" for group in GROUPS for c in listed(group)))
 
 
 def command_lines(name: str) -> list[str]:
@@ -166,8 +168,8 @@ def test_every_command_and_option_that_is_named_exists(name):
             words.pop(0)
         if not words or not re.fullmatch(r"[a-z]+", words[0]):
             continue
-        command = " ".join(words[:2]) if words[0] == "snapshot" else words[0]
-        if command == "snapshot":
+        command = " ".join(words[:2]) if words[0] in GROUPS else words[0]
+        if command in GROUPS:
             continue
         assert command in commands(), f"{name}: hotstart {line}"
         for word in words:
@@ -239,9 +241,7 @@ def struct_of(kind: str) -> type:
 
 
 def test_the_stages_are_those_of_a_receipt_in_order():
-    marks = {"asked": 0.0, "cli_start": 1.0, "checked": 2.0, "spawned": 3.0, "noticed": 9.0, "answered": 10.0}
-    events = {"namespaces": 4.0, "mounts": 5.0, "files": 6.0, "started": 7.0, "restored": 8.0}
-    stages = [*measure_stages(marks, events), "unaccounted"]
+    stages = [*STAGES, "unaccounted"]
     assert [spans(first)[0] for first, *_ in rows(section("docs/architecture.md", "Clocks and stages"))] == stages
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from hotstart.adapters.linux.procfs import tree
 from hotstart.api import Hotstart
-from hotstart.api.capturing import Progressing, SnapshotOptions, SnapshotTaken, store_snapshot, take_snapshot
+from hotstart.api.capturing import Progressing, SnapshotOptions, SnapshotTaken, take_snapshot
+from hotstart.api.storing import push_snapshot
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 
 from .conftest import ask, tiny_warmup, tiny_worker
@@ -168,8 +169,8 @@ def test_a_damaged_local_copy_is_replaced_by_the_stores(hotstart, tmp_path):
 
 def test_packing_can_be_done_later(hotstart):
     assert take(hotstart).stored_bytes is None
-    assert store_snapshot(hotstart, "snap", Progressing()) > 30 << 20
-    assert store_snapshot(hotstart, "snap", Progressing()) == 0
+    assert push_snapshot(hotstart, "snap", None, Progressing()) > 5 << 20
+    assert push_snapshot(hotstart, "snap", None, Progressing()) == 0
 
 
 def test_a_wrong_answer_is_no_replica(hotstart):

@@ -41,8 +41,8 @@ class Box:
         )
         path = f"{self.folder}/{tag}"
         spec = SandboxSpec(
-            program=program, cwd="/", environment=environment or {"PATH": os.defpath}, root_pid=1000, hostname="t",
-            log_path=f"{path}.log", result_path=f"{path}.result", door_path=f"{path}.door", binds=binds, **fields,
+            program=program, environment=environment or {"PATH": os.defpath}, root_pid=1000, hostname="t", log_path=f"{path}.log",
+            result_path=f"{path}.result", door_path=f"{path}.door", binds=binds, **{"cwd": "/", **fields},
         )  # fmt: skip
         self.tag, self.box = tag, LinuxSandbox(spec)
         self.boxes.append(self.box)

@@ -15,9 +15,11 @@ from contextlib import suppress
 
 import pytest
 
+from hotstart.adapters.ask import DoorAsker
 from hotstart.adapters.linux.filepack import write_file_pack
-from hotstart.adapters.linux.sandbox import dial
+from hotstart.adapters.linux.sandbox import dial, knock
 from hotstart.errors import HotstartError
+from hotstart.snapshot.sandbox import ProgramFailed
 from tests.native.conftest import wait_until
 from tests.native.subject import full_after
 
@@ -41,8 +43,12 @@ def python(box, code):
     return box.start(sys.executable, "-I", "-S", "-c", code)
 
 
-def door(box):
-    return dial(f"{box.folder}/{box.tag}.door", 8000, 30)
+def door_path(box):
+    return f"{box.folder}/{box.tag}.door"
+
+
+def door(box, data=b""):
+    return dial(door_path(box), 8000, data, 30)
 
 
 def receive_all(s):
@@ -220,23 +226,70 @@ def test_a_published_port_reaches_the_program_over_ipv6_inside_too(box):
             assert s.recv(100) == b""
 
 
-def test_a_port_on_which_nobody_listens_is_an_early_end(box):
-    python(box, "import time; print('ready', flush=True); time.sleep(60)").ready()
+IDLE = "import time; print('ready', flush=True); time.sleep(60)"
+
+
+def test_a_port_on_which_nobody_listens_refuses(box):
+    python(box, IDLE).ready()
     for _ in range(400):  # also: more ends in one go than were ever counted on
-        with door(box) as s, suppress(ConnectionResetError):
-            assert s.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            door(box)
+
+
+def test_a_port_on_which_nobody_listens_refuses_whatever_was_sent_along(box):
+    python(box, IDLE).ready()
+    for size in (1, 10_000, 10_000_000):
+        with pytest.raises(ConnectionError):
+            door(box, bytes(size))
+
+
+def test_a_request_may_go_out_with_the_question_for_the_port(box):
+    python(box, ECHO).ready()
+    for data in (b"hello", bytes(range(256)) * 400):
+        with door(box, data) as s:
+            s.shutdown(socket.SHUT_WR)
+            assert receive_all(s) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_a_port_that_takes_no_more_connections_is_not_called_connected(box):
+    python(
+        box,
+        "import socket, time; s = socket.create_server(('127.0.0.1', 8000), backlog=0); print('ready', flush=True); time.sleep(60)",
+    ).ready()
+    full = [knock(door_path(box), 8000) for _ in range(8)]
+    with pytest.raises(TimeoutError):
+        dial(door_path(box), 8000, timeout_s=0.3)
+    for s in full:
+        s.close()
+
+
+def test_a_closed_port_is_not_taken_for_an_open_one_however_slow_the_machine_is(box):
+    python(box, IDLE).ready()
+    os.kill(box.box.init_pid, signal.SIGSTOP)
+    goes_on = threading.Timer(0.2, os.kill, (box.box.init_pid, signal.SIGCONT))
+    goes_on.start()
+    with pytest.raises(HotstartError, match="nothing listens on port 8000"):
+        DoorAsker().wait_port(door_path(box), 8000, 0)
+    goes_on.join()
+
+
+def test_a_port_is_open_from_the_moment_on_at_which_the_program_listens(box):
+    python(box, "import time; time.sleep(0.3)\n" + ECHO)
+    DoorAsker().wait_port(door_path(box), 8000, 10)
+    assert "ready" in box.ready().log
 
 
 def test_more_connections_than_descriptors_wait_their_turn_without_costing_processor_time(box):
     python(box, ECHO).ready()
     resource.prlimit(box.box.init_pid, resource.RLIMIT_NOFILE, (40, 40))
-    connections = [door(box) for _ in range(60)]
+    connections = [knock(door_path(box), 8000, timeout_s=30) for _ in range(60)]
     before = ticks(box.box.init_pid)
     time.sleep(0.5)
     assert ticks(box.box.init_pid) - before < 20
     for i, s in enumerate(connections):
         with s:
             s.sendall(b"%d" % i)
+            assert s.recv(1) == b"\x06"
             assert s.recv(100) == b"%d" % i
 
 
@@ -260,7 +313,7 @@ def test_a_program_that_floods_its_log_does_not_keep_others_from_being_served(bo
     python(box, flood + ECHO)
     began, answer = time.monotonic(), b""
     while not answer and time.monotonic() < began + 10:
-        with door(box) as s, suppress(ConnectionError):
+        with suppress(ConnectionError), door(box) as s:
             s.sendall(b"hello")
             answer = s.recv(100)
     assert answer == b"hello"
@@ -271,12 +324,35 @@ def test_a_program_that_floods_its_log_does_not_keep_others_from_being_served(bo
 
 def test_a_program_that_cannot_be_started_is_named(box):
     with pytest.raises(HotstartError, match="/no/such/program: No such file or directory"):
-        box.start("/no/such/program").box.wait_for("exit", 5)
+        box.start("/no/such/program")
 
 
 def test_a_restore_that_fails_is_told_from_one_that_succeeds(box):
-    with pytest.raises(HotstartError, match="failed 3"):
+    with pytest.raises(ProgramFailed, match="exit status 3"):
         box.start("sh", "-c", "exit 3", restored_log_fd=1023)
+
+
+def test_a_restoring_program_that_is_killed_is_told_with_its_signal(box):
+    with pytest.raises(ProgramFailed, match="signal 9"):
+        box.start("sh", "-c", "kill -9 $$", restored_log_fd=1023)
+
+
+def test_what_fails_before_the_restoring_program_runs_is_not_its_failure(box, tmp_path):
+    for tag, wrong in (("a", {"copies": ((str(tmp_path / "gone"), "/run/x"),)}), ("b", {"cwd": "/no/such/folder"})):
+        with pytest.raises(HotstartError) as error:
+            box.start("true", restored_log_fd=1023, tag=tag, **wrong)
+        assert not isinstance(error.value, ProgramFailed)
+        assert "No such file or directory" in str(error.value)
+
+
+def test_each_step_is_reported_with_its_own_beginning_and_end(box):
+    before = time.monotonic()
+    box.start("sh", "-c", "sleep 0.2", restored_log_fd=1023)
+    after, events = time.monotonic(), box.box.events
+    spans = [events[name] for name in ("namespaces", "mounts", "started", "restored")]
+    points = [before, *(t for span in spans for t in span), after]
+    assert points == sorted(points)
+    assert 0.2 <= spans[-1][1] - spans[-1][0] < 2
 
 
 def test_a_file_from_before_1970_is_laid_out_with_its_time(box, tmp_path):

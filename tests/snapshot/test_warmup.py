@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotstart.errors import BadUsage
-from hotstart.snapshot.warmup import Answer, Oracle, Request, comparable, parse_warmup
+from hotstart.snapshot.warmup import Answer, Oracle, Request, parse_warmup, ready_request, same
 from tests.samples import CHARACTERS
 
 
@@ -72,13 +72,77 @@ def test_headers_that_are_numbers_are_sent_as_text():
         '{"path": null}',
         '{"path": "/", "headers": ["a"]}',
         '{"path": "/", "headers": "a: b"}',
+        '{"path": "/a b"}',
+        '{"path": "/größe"}',
+        '{"path": "/x HTTP/1.0\\r\\nX-Evil: 1"}',
+        '{"path": "/x\\u0000"}',
+        '{"path": "/x\\u007f"}',
+        '{"path": "/x#part"}',
+        '{"path": "//x\\ty"}',
+        '{"path": "http://elsewhere/"}',
+        '{"path": "*"}',
+        '{"path": "/", "method": "GET /evil HTTP/1.0\\r\\n"}',
+        '{"path": "/", "method": ""}',
+        '{"path": "/", "method": "GÊT"}',
+        '{"path": "/", "method": "A B"}',
+        '{"path": "/", "headers": {"X": "a\\r\\nY: b"}}',
+        '{"path": "/", "headers": {"X": "a\\nb"}}',
+        '{"path": "/", "headers": {"X": "\\u0000"}}',
+        '{"path": "/", "headers": {"X": "日"}}',
+        '{"path": "/", "headers": {"X": null}}',
+        '{"path": "/", "headers": {"X": ["a"]}}',
+        '{"path": "/", "headers": {"X: y\\r\\nZ": "a"}}',
+        '{"path": "/", "headers": {"": "a"}}',
+        '{"path": "/", "headers": {"X Y": "a"}}',
+        '{"path": "/", "headers": {"Content-Length": 3}}',
+        '{"path": "/", "headers": {"transfer-encoding": "chunked"}}',
+        '{"path": "/", "body": ' + "[" * 100_000 + "]" * 100_000 + "}",
     ],
+    ids=lambda line: line[:40],
 )
 def test_a_bad_line_is_named_by_file_and_number(line):
     with pytest.raises(BadUsage) as refused:
         parse_warmup(f'{{"path": "/"}}\n\n{line}\n{{"path": "/"}}\n', "dir/warm.jsonl")
     assert str(refused.value).startswith("dir/warm.jsonl:3: ")
     assert "\n" not in str(refused.value)
+
+
+def test_lines_end_where_json_lines_end_and_nowhere_else():
+    text = '{"path": "/", "body": "a\u2028b\x85c\u2029d"}\r\n{"path": "/2"}'
+    assert parse_warmup(text, "w") == [Request("GET", "/", {}, "a\u2028b\x85c\u2029d".encode()), Request("GET", "/2")]
+
+
+@pytest.mark.parametrize(
+    ("url", "port", "target", "host"),
+    [
+        ("http://127.0.0.1:8000/health", 8000, "/health", "127.0.0.1:8000"),
+        ("http://localhost", 80, "/", "localhost"),
+        ("http://[::1]:9/x?y=1#part", 9, "/x?y=1", "[::1]:9"),
+    ],
+)
+def test_a_readiness_url_becomes_a_request(url, port, target, host):
+    assert ready_request(url) == (port, Request("GET", target, {"host": host}))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "",
+            "nonsense",
+            "https://localhost/",
+            "http://",
+            "http:///x",
+            "http://h:99999/",
+            "http://h:0/",
+            "http://h:x/",
+        ),
+        *("http://h:٣/", "http://h/a b", "http://h/ü", "http://h/\r\nX: y", "http://[::1/", "http://ü/"),
+    ],
+)
+def test_a_readiness_url_that_cannot_be_asked_is_bad_usage(url):
+    with pytest.raises(BadUsage, match="--ready-url"):
+        ready_request(url)
 
 
 @given(st.text(CHARACTERS, max_size=60))
@@ -93,7 +157,7 @@ def test_any_text_is_either_requests_or_bad_usage(text):
             {"path": st.text(alphabet="abc/?=&", max_size=9).map(lambda p: f"/{p}")},
             optional={
                 "method": st.sampled_from(["GET", "post", "Delete"]),
-                "headers": st.dictionaries(st.text(alphabet="abX-", min_size=1), st.text(CHARACTERS, max_size=5)),
+                "headers": st.dictionaries(st.text(alphabet="abX-", min_size=1), st.text("a1:;=\t \x85é~", max_size=5)),
                 "body": st.one_of(st.none(), st.text(CHARACTERS, max_size=9), st.lists(st.integers(-9, 9))),
             },
         ),
@@ -142,6 +206,36 @@ def test_json_is_compared_by_what_it_says_not_how_it_is_written():
     assert not oracle(b'{"a": null}').accepts(Answer(200, b"{}"))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        (b"true", b"1", False),
+        (b"false", b"0", False),
+        (b"[true]", b"[1]", False),
+        (b'{"a": {"b": [1.0]}}', b'{"a": {"b": [true]}}', False),
+        (b"1", b"1.0", True),
+        (b"[100]", b"[1e2]", True),
+        (b"0", b"-0.0", True),
+        (b"true", b" true", True),
+        (b"null", b"0", False),
+        (b'""', b"null", False),
+        (b"[]", b"{}", False),
+        (b"1", b'"1"', False),
+    ],
+)
+def test_values_of_other_types_are_never_the_same_and_numbers_are_by_value(one, other, equal):
+    assert same(one, other, ()) is equal
+    assert same(other, one, ()) is equal
+
+
+@pytest.mark.parametrize("depth", [200, 900, 5000, 200_000])
+def test_json_that_is_nested_deeply_is_compared_too(depth):
+    deep = b"[" * depth + b"1" + b"]" * depth
+    assert oracle(deep).accepts(Answer(200, deep))
+    assert not oracle(deep).accepts(Answer(200, deep.replace(b"1", b"2")))
+    assert not oracle(deep).accepts(Answer(200, b"[]"))
+
+
 def test_bytes_that_are_json_are_never_the_same_as_bytes_that_are_not():
     assert not oracle(b"{'a': 1}").accepts(Answer(200, b'{"a": 1}'))
 
@@ -164,7 +258,6 @@ def test_a_field_is_ignored_by_its_name_not_by_its_value():
     "body", [b"\xff\xfe", b'"\xff"', b'{"a": NaN}', b"{} {}", b'{"a":', b'"\\ud800"', b"data: {}\n\ndata: [DONE]\n\n"]
 )
 def test_bodies_that_are_not_json_are_compared_byte_for_byte(body):
-    assert comparable(body, ["a"]) == body
     assert oracle(body, ["a"]).accepts(Answer(200, body))
     assert not oracle(body, ["a"]).accepts(Answer(200, body + b" "))
 

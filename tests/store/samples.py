@@ -133,8 +133,8 @@ def garbage_of(repo) -> set[str]:
     """Keys of objects that no name leads to, and of second tables of places."""
     needed = {f"names/{name}" for name in repo.names()}
     for digest in map(repo.digest_named, repo.names()):
-        needed |= {f"manifests/{digest}", *(key for key, _ in repo.store.list(f"signatures/{digest}/"))}
-        needed.add([key for key, _ in repo.store.list(f"places/{digest}/")][-1])
+        needed |= {f"manifests/{digest}", *(key for key, _ in repo.store.list(f"signatures/{digest}."))}
+        needed.add([key for key, _ in repo.store.list(f"places/{digest}.")][-1])
         needed |= {f"packs/{pack}" for pack in packs_of(repo.places_of(digest).values())}
     return {key for key, _ in repo.store.list("")} - needed
 
@@ -147,7 +147,7 @@ def forge(store, manifest: Manifest, chunks: Iterable[bytes] = (), places: dict[
     found, _ = ({}, 0) if pack.empty else pack.write(store)
     document = manifest.to_bytes()
     digest = digest_of(document)
-    store.write(f"places/{digest}/00000000", encode_places(found | (places or {})))
+    store.write(f"places/{digest}.00000000", encode_places(found | (places or {})))
     store.write(f"manifests/{digest}", document)
     store.write(f"names/{manifest.name}", digest.encode())
     return digest

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -58,20 +59,14 @@ root, step = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-class Torn:
-    def __init__(self, file):
-        self.file = file
-    def __enter__(self):
-        return self
-    def __exit__(self, *_):
-        self.file.close()
-    def write(self, data):
-        self.file.write(data[: len(data) // 2])
-        self.file.flush()
-        die()
+pwrite = os.pwrite
+
+def torn(fd, data, at):
+    pwrite(fd, data[: len(data) // 2], at)
+    die()
 
 if step == "write":
-    directory.open = lambda *a: Torn(open(*a))
+    os.pwrite = torn
 else:
     setattr(os, step, die)
 directory.DirectoryStore(root).write("packs/a", b"0123456789" * 1000)
@@ -91,6 +86,25 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(root, step, visible):
     assert leftovers(root) == []
     assert store.write("packs/a", b"0123456789" * 1000) is not visible
     assert store.read("packs/a") == b"0123456789" * 1000
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, (4 << 20) - 1, 4 << 20, (8 << 20) + 4097])
+def test_what_goes_past_the_page_cache_is_written_to_the_last_byte(root, monkeypatch, size, direct):
+    opened = os.open
+
+    def without_direct(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "this file system cannot")
+        return opened(path, flags, *rest)
+
+    if not direct:
+        monkeypatch.setattr(os, "open", without_direct)
+    data = random.Random(size).randbytes(size)
+    cuts = (0, 1, 4097, 70_000, size)
+    assert DirectoryStore(str(root)).write("packs/a", *(data[a:b] for a, b in pairwise(cuts)))
+    assert (root / "packs" / "a").read_bytes() == data
+    assert leftovers(root) == []
 
 
 _WRITE_FOR_EVER = """
@@ -191,6 +205,24 @@ def test_a_store_that_cannot_be_written_says_so_in_one_line(root):
         DirectoryStore(str(root)).write("packs/" + "a" * 300, b"x")
     assert str(error.value) == f"the store at {root} cannot be written: File name too long"
     assert leftovers(root) == []
+
+
+def test_a_store_that_cannot_be_read_says_so_in_one_line(root):
+    """As a shared folder does whose server is gone: a read fails over to another store only for an error of ours."""
+    DirectoryStore(str(root)).write("a", b"x")
+    os.unlink(root / "a")
+    os.symlink("a", root / "a")  # a loop: any error that is not "missing"
+    with pytest.raises(HotstartError) as error:
+        DirectoryStore(str(root)).read("a")
+    assert str(error.value) == f"the store at {root} cannot be read: Too many levels of symbolic links"
+    assert not isinstance(error.value, Missing)
+
+
+def test_a_folder_of_objects_is_no_object(root):
+    store = DirectoryStore(str(root))
+    store.write("packs/a", b"x")
+    with pytest.raises(Missing):
+        store.read("packs")
 
 
 _FILL = """

@@ -391,7 +391,7 @@ def test_a_damaged_table_of_places_keeps_every_pack(home, repo, store):
     push(make_local(home), repo)
     second = make_local(home, "llm-2", "aaaa")
     push(second, repo)
-    replace(store, f"places/{second.digest()}/00000000", b"bad")
+    replace(store, f"places/{second.digest()}.00000000", b"bad")
     packs_before = dict(store.list("packs/"))
     assert "packs are kept" in unpublish(repo, "llm-1").waiting_for
     assert dict(store.list("packs/")) == packs_before
@@ -402,7 +402,7 @@ def test_a_damaged_table_of_places_keeps_every_pack(home, repo, store):
 def test_publishing_beside_a_damaged_table_stores_what_it_cannot_find(home, repo, store):
     second = make_local(home, "llm-2", "aaaa")
     push(second, repo)
-    replace(store, f"places/{second.digest()}/00000000", b"bad")
+    replace(store, f"places/{second.digest()}.00000000", b"bad")
     push(make_local(home), repo)
     verify_stored(repo, "llm-1")
 
@@ -419,7 +419,7 @@ def test_publishing_does_not_rely_on_a_pack_that_is_not_all_there(home, repo, st
 def test_publishing_does_not_rely_on_a_table_that_says_something_else(home, repo, store):
     second = make_local(home, "llm-2", "aaaa")
     push(second, repo)
-    key = f"places/{second.digest()}/00000000"
+    key = f"places/{second.digest()}.00000000"
     data = bytearray(store.read(key))
     for at in range(200, len(data), 40):
         data[at] ^= 4
@@ -598,7 +598,7 @@ def test_a_newer_major_version_is_refused_by_name(home, elsewhere, store, repo):
 def test_the_places_of_another_snapshot_are_of_no_use(home, elsewhere, store, repo):
     local, other = make_local(home), forge(store, a_manifest(name="b", files=(a_file("x"),), memory=()), [b"evil"])
     push(local, repo)
-    replace(store, f"places/{local.digest()}/00000000", store.read(f"places/{other}/00000000"))
+    replace(store, f"places/{local.digest()}.00000000", store.read(f"places/{other}.00000000"))
     with pytest.raises(Damaged, match="has no place in the store"):
         pull("llm-1", repo, elsewhere)
 
@@ -622,24 +622,26 @@ def test_a_table_that_is_replaced_while_it_is_read_is_read_again(home):
         def read(self, key, offset=0, length=None):
             if self.armed and key.startswith("places/"):
                 self.armed = False
-                repository(self).write_places(key.split("/")[1], decode_places(super().read(key)))
+                repository(self).write_places(
+                    key.removeprefix("places/").partition(".")[0], decode_places(super().read(key))
+                )
             return super().read(key, offset, length)
 
     store, local = Replaces(), make_local(home)
     push(local, repository(store))
     store.armed = True
     assert repository(store).places_of(local.digest())
-    assert [key.rpartition("/")[2] for key, _ in store.list("places/")] == ["00000001"]
+    assert [key.rpartition(".")[2] for key, _ in store.list("places/")] == ["00000001"]
 
 
 def test_the_newest_table_that_can_be_read_is_taken(home, repo, store):
     local = make_local(home)
     push(local, repo)
-    store.write(f"places/{local.digest()}/00000007", b"bad")
+    store.write(f"places/{local.digest()}.00000007", b"bad")
     assert repo.places_of(local.digest())
     places = repo.places_of(local.digest())
     repo.write_places(local.digest(), places)
-    assert [key.rpartition("/")[2] for key, _ in store.list("places/")] == ["00000008"]
+    assert [key.rpartition(".")[2] for key, _ in store.list("places/")] == ["00000008"]
     assert decode_places(encode_places(places)) == places
 
 

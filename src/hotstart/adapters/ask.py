@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import select
 import time
 
-from hotstart.adapters.http import NoAnswerError, ask
+from hotstart.adapters.http import NoAnswerError, encode_request, read_answer
 from hotstart.adapters.linux.sandbox import dial
 from hotstart.errors import HotstartError
 from hotstart.snapshot.warmup import Answer, Request
 
-_CLOSED_PORT_SHOWS_WITHIN_S = 0.003
+_DOOR_TIMEOUT_S = 1.0
 _RETRY_S = 0.002
 
 
 class DoorAsker:
-    """Speaks HTTP/1.1 through a sandbox's door."""
+    """Speaks HTTP/1.0 through a sandbox's door."""
 
     def ask(self, door_path: str, port: int, request: Request, timeout_s: float) -> Answer:
-        """Return the whole answer. Raises HotstartError if none comes."""
+        """Return the whole answer. Raises HotstartError if none comes in time."""
+        deadline = time.monotonic() + timeout_s
         try:
-            return ask(dial(door_path, port, timeout_s), request, timeout_s)
+            with dial(door_path, port, encode_request(request), timeout_s) as s:
+                return read_answer(s, request.method, deadline)
+        except TimeoutError as e:
+            why = f"none within {timeout_s:g} s"
+            cause: Exception = e
         except (NoAnswerError, OSError) as e:
-            raise HotstartError(f"the worker gave no answer to {request.method} {request.path}: {e}") from e
+            why, cause = getattr(e, "strerror", None) or str(e), e
+        raise HotstartError(f"the worker gave no answer to {request.method} {request.path}: {why}") from cause
 
     def wait_port(self, door_path: str, port: int, timeout_s: float) -> None:
         """Wait until something accepts connections at the port. Raises HotstartError."""
@@ -34,8 +39,7 @@ class DoorAsker:
 
     def _accepts(self, door_path: str, port: int) -> bool:
         try:
-            with dial(door_path, port, 1.0) as s:
-                # Nobody has to say anything on a fresh connection; an end of file is init's way to say that the port is closed.
-                return not select.select([s], [], [], _CLOSED_PORT_SHOWS_WITHIN_S)[0]
+            dial(door_path, port, timeout_s=_DOOR_TIMEOUT_S).close()
         except OSError:
             return False
+        return True

@@ -18,6 +18,7 @@ from hotstart.store.port import Busy, Bytes, Missing, Store, check_key
 from hotstart.store.retrying import Retrying
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import ClientConfig
 
 _KINDS = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
@@ -109,10 +110,10 @@ class ObjectStore:
         path = self._path(key)
         if length == 0:  # HTTP has no empty range
             return self.read(key, offset, 1)[:0]
+        wanted: GetOptions = {"range": {"offset": offset} if length is None else (offset, offset + length)}
         whole = offset == 0 and length is None
-        wanted = {"offset": offset} if length is None else (offset, offset + length)
         try:
-            got = self._obstore.get(self._reader, path, options=None if whole else {"range": wanted})
+            got = self._obstore.get(self._reader, path, options=None if whole else wanted)
             size, given = got.meta["size"], got.range
             data = got.bytes().to_bytes()
         except self._failures as e:

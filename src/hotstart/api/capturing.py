@@ -21,6 +21,7 @@ from hotstart.errors import BadUsage, HotstartError
 from hotstart.snapshot.capture import REGIONS, Captured, Source, capture
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process, RecordedRestore
+from hotstart.snapshot.secrets import secret_names
 from hotstart.snapshot.warmup import Oracle, Request
 from hotstart.snapshot.worker import WorkerSpec
 from hotstart.store.local import LocalSnapshot, PartialSnapshot, Progress, describe_file, no_progress
@@ -47,7 +48,8 @@ class SnapshotOptions(Struct, frozen=True):
 class SnapshotTaken(Struct, frozen=True):
     """Seconds since the snapshot was asked for: worker ready and warm, restorable here, everything done; and how long it stood.
 
-    `stored_bytes` is what it added to the store, None until it is packed; `fold_refused` why memory is not mapped, if so.
+    `stored_bytes` is what it added to the store, None until it is packed; `fold_refused` why memory is not mapped, if so;
+    `secrets` the variables of its environment that look like secrets.
     """
 
     snapshot: str
@@ -59,6 +61,7 @@ class SnapshotTaken(Struct, frozen=True):
     usable_s: float
     total_s: float
     fold_refused: str | None
+    secrets: tuple[str, ...]
 
 
 class Progressing:
@@ -108,7 +111,7 @@ def take_snapshot(
             hotstart_.wait_ready(starting)
             folder, state = starting.folder, starting.state()
         progressing.stage("warming up")
-        oracle = hotstart_.warm_up(folder.door, state.worker, options.warmup, options.oracle_ignore) or state.oracle
+        oracle = hotstart_.warm_up(state, folder.door, options.warmup, options.oracle_ignore) or state.oracle
         _require_room(hotstart_, state)
         ready = time.monotonic()
         progressing.stage("capturing")
@@ -140,6 +143,7 @@ def take_snapshot(
         usable_s=usable - asked,
         total_s=tried - asked,
         fold_refused=captured.refused,
+        secrets=secret_names(state.worker.environment),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,11 +18,12 @@ from hotstart.adapters.linux.runfolder import RunFolder, RunFolders, SandboxStat
 from hotstart.adapters.linux.sandbox import kill_init
 from hotstart.api.ports import Publish
 from hotstart.api.restoring import KDAT, RestoringReplicas, Started
-from hotstart.api.starting import StartingWorker, last_words
+from hotstart.api.starting import StartingWorker, last_words, printable
 from hotstart.errors import BadUsage, Damaged, HotstartError, MachineLacks, NotFound, Refused
 from hotstart.restore.plan import NodeFacts, Plan, make_plan
+from hotstart.restore.receipt import Span
 from hotstart.snapshot.manifest import Manifest
-from hotstart.snapshot.warmup import Oracle, Request
+from hotstart.snapshot.warmup import Oracle, Request, ready_request
 from hotstart.snapshot.worker import PRIVATE_FOLDERS, SUPPORT_FOLDER, WorkerSpec, check_name
 from hotstart.store.local import LocalSnapshot, LocalSnapshots, Progress, no_progress
 
@@ -33,21 +34,27 @@ if TYPE_CHECKING:
 DEFAULT_HOME = "/var/lib/hotstart"
 DEFAULT_RUN = "/run/hotstart"
 _READY_POLL_S = 0.01
+_READY_ANSWER_S = 5.0
 _STOP_GRACE_S = 10.0
 _WARMUP_TIMEOUT_S = 600.0
 _LAST_PORT = 65535
+_MOST_REPLICAS = 1000
 
 
 class Hotstart:
     """Workers, snapshots and replicas of one machine.
 
     `home` keeps snapshots, `run` what must not outlive a boot. Needs root. `clock_start` is when the caller's own request began
-    (CLOCK_MONOTONIC seconds), so that receipts tell the whole truth; by default each call's own beginning.
+    (CLOCK_MONOTONIC seconds), so that receipts tell the whole truth; by default each call's own beginning. Raises BadUsage for
+    a folder whose path is not UTF-8.
     """
 
     def __init__(self, home: str | None = None, run: str | None = None, clock_start: float | None = None) -> None:
         self.home = os.path.abspath(home or os.environ.get("HOTSTART_HOME") or DEFAULT_HOME)
         self.run_root = os.path.abspath(run or os.environ.get("HOTSTART_RUN") or DEFAULT_RUN)
+        for name, path in (("HOTSTART_HOME", self.home), ("HOTSTART_RUN", self.run_root)):
+            if os.fsencode(path).decode(errors="replace") != path:
+                raise BadUsage(f"{name} is not UTF-8: name another folder")
         self.folders = RunFolders(self.run_root)
         self.snapshots = LocalSnapshots(self.home)
         self.asker = DoorAsker()
@@ -69,6 +76,8 @@ class Hotstart:
         Raises HotstartError if it ends or does not become ready; then nothing of it is left.
         """
         check_name(name, "worker")
+        if warmup and worker.port is None:
+            raise BadUsage("--warmup needs --port, the port that the worker listens on inside")
         self.require_privileges()
         self.sweep()
         with StartingWorker(self, worker, "worker", self.folders.claim(name), publish) as starting:
@@ -76,7 +85,7 @@ class Hotstart:
             if worker.ready_url or warmup:
                 self.wait_ready(starting)
             starting.identify()
-            return starting.settle(self.warm_up(starting.folder.door, worker, warmup, oracle_ignore))
+            return starting.settle(self.warm_up(starting.state(), starting.folder.door, warmup, oracle_ignore))
 
     def snapshot(
         self,
@@ -96,18 +105,24 @@ class Hotstart:
         )
 
     def warm_up(
-        self, door: str, worker: WorkerSpec, requests: Sequence[Request], ignore: tuple[str, ...]
+        self, state: SandboxState, door: str, requests: Sequence[Request], ignore: tuple[str, ...]
     ) -> Oracle | None:
-        """Send warm-up requests; the last one and its answer are the oracle. Raises HotstartError if one is answered with an error."""
+        """Send warm-up requests; the last one and its answer are the oracle.
+
+        Raises HotstartError, with the worker's last words, if one is not answered or with an error; BadUsage without a port.
+        """
         answer = None
         for number, request in enumerate(requests, 1):
-            if worker.port is None:
+            if state.worker.port is None:
                 raise BadUsage("--warmup needs --port, the port that the worker listens on inside")
-            answer = self.asker.ask(door, worker.port, request, _WARMUP_TIMEOUT_S)
+            try:
+                answer = self.asker.ask(door, state.worker.port, request, _WARMUP_TIMEOUT_S)
+            except HotstartError as e:
+                raise HotstartError(f"warm-up request {number}: {e}; {last_words(state.log_path)}") from e
             if answer.status >= 400:
-                said = answer.body[:200].decode(errors="replace").strip()
                 raise HotstartError(
-                    f"warm-up request {number} ({request.method} {request.path}) was answered {answer.status}: {said}"
+                    f"warm-up request {number} ({request.method} {request.path}) was answered {answer.status}: "
+                    f"{printable(answer.body)[:200]}; {last_words(state.log_path)}"
                 )
         return Oracle(requests[-1], answer, ignore) if answer else None
 
@@ -131,13 +146,9 @@ class Hotstart:
         if os.path.exists(f"/proc/{starting.sandbox.init_pid}/root{SUPPORT_FOLDER}/ready"):
             return True
         if worker.ready_url:
-            from urllib.parse import urlsplit
-
-            url = urlsplit(worker.ready_url)
-            path = (url.path or "/") + (f"?{url.query}" if url.query else "")
+            port, request = ready_request(worker.ready_url)
             with suppress(HotstartError):
-                request = Request("GET", path, {"host": url.netloc})
-                return 200 <= self.asker.ask(starting.folder.door, url.port or 80, request, 5.0).status < 300
+                return 200 <= self.asker.ask(starting.folder.door, port, request, _READY_ANSWER_S).status < 300
             return False
         if worker.port:
             with suppress(HotstartError):
@@ -182,7 +193,7 @@ class Hotstart:
     # ---- snapshots
 
     @cached_property
-    def stores(self) -> Stores:
+    def store(self) -> Stores:
         """The stores that snapshots can be pushed to and pulled from."""
         from hotstart.api.storing import Stores
 
@@ -191,7 +202,7 @@ class Hotstart:
     def require_free_snapshot_name(self, name: str) -> None:
         """Raise BadUsage if a snapshot has the name."""
         check_name(name, "snapshot")
-        if name in self.snapshots.names() or self.stores.home.has(name):
+        if name in self.snapshots.names() or self.store.home.has(name):
             raise BadUsage(f"there is a snapshot {name} already: names are immutable, choose another or remove it")
 
     def local_snapshot(
@@ -223,7 +234,7 @@ class Hotstart:
         from hotstart.api.storing import lay_out
         from hotstart.store.pulling import verify_stored
 
-        repository = self.stores.holding(name)
+        repository = self.store.holding(name)
         verify_stored(repository, name, progress)
         self.snapshots.remove(name)  # memory files are replaced one by one: another snapshot may have them, too
         return lay_out(self, name, progress)
@@ -234,19 +245,21 @@ class Hotstart:
         try:
             return self.snapshots.open(name).manifest
         except NotFound:
-            return self.stores.holding(name).find(name).manifest
+            return self.store.holding(name).find(name).manifest
 
     def remove_snapshot(self, name: str) -> None:
         """Remove a snapshot here and in our own store. Replicas go on. Raises NotFound."""
         from hotstart.store.collecting import unpublish
 
         check_name(name, "snapshot")
-        stored = self.stores.home.has(name)
+        stored = self.store.home.has(name)
         if name not in self.snapshots.names() and not stored:
             raise NotFound(f"no snapshot {name}: `hotstart snapshot ls` lists them")
-        self.snapshots.remove(name)  # first: a push that goes on beside us looks, and takes its name back
-        if stored or self.stores.home.has(name):
-            unpublish(self.stores.home, name)
+        self.snapshots.remove(name)  # first: a push that goes on beside us sees it, and ends
+        with self.snapshots.storing(name):
+            pass
+        if stored or self.store.home.has(name):
+            unpublish(self.store.home, name)
         self.sweep()
 
     # ---- replicas
@@ -283,10 +296,11 @@ class Hotstart:
         name: str | None = None,
         publish: Publish | None = None,
         *,
+        environment: Mapping[str, str] | None = None,
         wait: bool = True,
         note: Callable[[str], None] = lambda _: None,
         progress: Progress = no_progress,
-        marks: dict[str, float] | None = None,
+        spans: Mapping[str, Span] | None = None,
     ) -> list[Started]:
         """Start replicas of a snapshot, all at once; return when each has answered as the warm worker did.
 
@@ -294,24 +308,25 @@ class Hotstart:
         run here or a replica answers otherwise, NotFound, BadUsage (a name or port that is taken), HotstartError. On any error
         none of them is left.
         """
-        points = {"asked": self._clock_start if self._clock_start is not None else time.monotonic(), **(marks or {})}
+        began = time.monotonic()
+        asked = began if self._clock_start is None else self._clock_start
         self._clock_start = None
-        if replicas < 1:
-            raise BadUsage("--replicas needs 1 or more")
+        if not 1 <= replicas <= _MOST_REPLICAS:
+            raise BadUsage(f"--replicas takes 1 to {_MOST_REPLICAS}")
         if publish and publish.port and publish.port + replicas - 1 > _LAST_PORT:
             raise BadUsage(
                 f"--publish {publish.port} leaves no room for {replicas} consecutive ports: choose a lower one"
             )
         if name is not None:
-            check_name(name, "replica")
+            check_name(name if replicas == 1 else f"{name}-{replicas}", "replica")
         self.require_privileges()
         local = self.local_snapshot(snapshot, progress, note)
         plan = make_plan(local.manifest, self.node_facts(local.manifest))
         if plan.refusals:
             raise Refused(f"snapshot {snapshot} cannot be restored here: {'; '.join(plan.refusals)}")
-        points["checked"] = time.monotonic()
-        with RestoringReplicas(self, local, plan, wait=wait) as restoring:
-            started = restoring.start(replicas, name, publish, points)
+        measured = {**(spans or {}), "check": (began, time.monotonic())}
+        with RestoringReplicas(self, local, plan, environment or {}, wait=wait) as restoring:
+            started = restoring.start(replicas, name, publish, asked, measured)
         local.note_use()
         self.sweep()  # not before: it reads every manifest, and the clock was running
         return started

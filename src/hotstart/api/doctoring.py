@@ -62,7 +62,12 @@ def examine(hotstart: Hotstart, *, gpu: bool = False) -> list[Check]:
         _tried("namespaces", _namespaces, "run as root where new pid, mount, net, ipc and uts namespaces may be made"),
         _tried("criu", lambda: _criu(hotstart), "run scripts/install-criu"),
         _other_users(),
-        _tried("limits", _limits, "mount control groups, or do without --memory and --cpus", required=False),
+        _tried(
+            "limits",
+            lambda: _limits(hotstart),
+            "mount control groups, or do without --memory and --cpus",
+            required=False,
+        ),
         _tried("egress", _egress, "install iproute2 and iptables, or do without --network egress", required=False),
         _memory(),
         _tried("disk", lambda: _disk(hotstart), "free some space, or set HOTSTART_HOME to a folder with more"),
@@ -153,9 +158,8 @@ def _criu(hotstart: Hotstart) -> str:
     return f"{'.'.join(map(str, hotstart.criu_version()))} at {find_criu().path}"
 
 
-def _limits() -> str:
-    name = f"doctor-{os.getpid()}"
-    folders = make_cgroups(name, 1 << 30, 1.0)
+def _limits(hotstart: Hotstart) -> str:
+    folders = make_cgroups(os.path.join(hotstart.run_root, f"doctor-{os.getpid()}"), 1 << 30, 1.0)
     remove_cgroups(folders)
     return "control groups limit memory and cpus"
 

@@ -24,10 +24,11 @@ def listen(publish: Publish) -> socket.socket:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind((publish.host, publish.port))
         s.listen(1024)
-    except OSError as e:
+    except (OSError, UnicodeError) as e:  # UnicodeError: a host name that cannot be one
         s.close()
+        why = getattr(e, "strerror", None) or "that is no host"
         raise HotstartError(
-            f"{publish.host}:{publish.port} cannot be published ({e.strerror}): choose another port, or 0 for any free one"
+            f"{publish.host}:{publish.port} cannot be published ({why}): choose another port, or 0 for any free one"
         ) from e
     return s
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,11 @@ from hotstart.adapters.linux.procfs import start_ticks
 from hotstart.adapters.linux.runfolder import RunFolder, SandboxState
 from hotstart.adapters.linux.sandbox import LinuxSandboxes
 from hotstart.api.ports import Publish, address_of, listen
-from hotstart.api.starting import identity_document, worker_binds
-from hotstart.errors import BadUsage, HotstartError, Refused
+from hotstart.api.starting import identity_document, last_words, worker_binds
+from hotstart.errors import BadUsage, HotstartError, NotFound, Refused
 from hotstart.restore.execute import Replica, finish_replica, start_replicas
 from hotstart.restore.plan import Plan
-from hotstart.restore.receipt import Receipt, measure_stages
+from hotstart.restore.receipt import Receipt, Span, measure_stages, stages_of_init
 from hotstart.snapshot.layout import MEMORY_FOLDER
 from hotstart.snapshot.sandbox import Bind, SandboxSpec
 from hotstart.snapshot.worker import SUPPORT_FOLDER
@@ -45,14 +46,18 @@ class Started(Struct, frozen=True):
 class RestoringReplicas:
     """Replicas that are being started; all of them are ended and forgotten if any fails."""
 
-    def __init__(self, hotstart: Hotstart, local: LocalSnapshot, plan: Plan, *, wait: bool) -> None:
+    def __init__(
+        self, hotstart: Hotstart, local: LocalSnapshot, plan: Plan, environment: Mapping[str, str], *, wait: bool
+    ) -> None:
         self._hotstart, self._local, self._plan, self._wait = hotstart, local, plan, wait
+        self._environment = environment
         self._folders: list[RunFolder] = []
         self._replicas: list[Replica] = []
         self._cgroups: list[tuple[str, ...]] = []
         self._addresses: list[str | None] = []
         self._memory_ids: list[str] = []
         self._stack = ExitStack()
+        self._asked = 0.0
         self._done = False
 
     def __enter__(self) -> RestoringReplicas:
@@ -75,11 +80,15 @@ class RestoringReplicas:
         for folder in self._folders:
             folder.remove()
 
-    def start(self, count: int, name: str | None, publish: Publish | None, marks: dict[str, float]) -> list[Started]:
-        """Start them, wait for them, let them go."""
+    def start(
+        self, count: int, name: str | None, publish: Publish | None, asked: float, spans: Mapping[str, Span]
+    ) -> list[Started]:
+        """Start them, wait for them, let them go. `asked` is when the clock started, `spans` what was measured since."""
+        spawn_began = time.monotonic()
+        self._asked = asked
         for i in range(count):
             self._prepare(i, count, name, publish)
-        start_replicas(self._replicas, LinuxSandboxes(), marks, time.monotonic)
+        start_replicas(self._replicas, LinuxSandboxes(), spans, spawn_began, time.monotonic)
         self._stack.close()
         self._finish_all()
         for replica in self._replicas:
@@ -107,10 +116,10 @@ class RestoringReplicas:
         folder.note_log(hotstart.log_path(folder.name))
         memory_id = folder.begin_memory(hotstart.snapshots.memory_root)
         self._memory_ids.append(memory_id)
-        self._cgroups.append(make_cgroups(folder.name, worker.memory_bytes, worker.cpus))
+        self._cgroups.append(make_cgroups(folder.path, worker.memory_bytes, worker.cpus))
         os.mkdir(folder.file("work"))
         with open(folder.file("identity"), "wb") as f:
-            f.write(identity_document(folder.name, "replica"))
+            f.write(identity_document(folder.name, "replica", self._environment))
         images_fd = os.open(self._local.path("images"), os.O_RDONLY | os.O_DIRECTORY)
         work_fd = os.open(folder.file("work"), os.O_RDONLY | os.O_DIRECTORY)
         self._stack.callback(os.close, images_fd)
@@ -201,26 +210,31 @@ class RestoringReplicas:
             address=self._addresses[i],
             cgroups=self._cgroups[i],
         )
+        try:
+            pid = state.host_root_pid()
+        except NotFound as e:
+            raise HotstartError(
+                f"replica {folder.name} ended as soon as it was there; {last_words(state.log_path)}"
+            ) from e
         folder.save(state)
         sandbox.commit()
         folder.settle()
-        return Started(folder.name, self._addresses[i], state.host_root_pid(), receipt)
+        return Started(folder.name, self._addresses[i], pid, receipt)
 
     def _receipt(self, replica: Replica) -> Receipt:
-        marks, events = replica.marks, replica.running.events
-        end = marks.get("answered", marks["noticed"])
-        stages = measure_stages(marks, events)
-        total = end - marks["asked"]
-        stages["unaccounted"] = total - sum(stages.values())
+        resumed, answered = replica.resumed_at, replica.answered_at
+        assert resumed is not None  # it was finished
+        ended = answered or resumed
+        spans = {**replica.spans, **stages_of_init(replica.running.events)}
         return Receipt(
             replica=replica.name,
             snapshot=self._local.manifest.name,
             digest=self._local.digest(),
             strategy="mapped" if self._local.manifest.memory else "copied",
-            stages=stages,
-            resumed_s=marks["noticed"] - marks["asked"],
-            first_answer_s=marks["answered"] - marks["asked"] if "answered" in marks else None,
-            total_s=total,
+            stages=measure_stages(spans, self._asked, ended),
+            resumed_s=resumed - self._asked,
+            first_answer_s=answered - self._asked if answered else None,
+            total_s=ended - self._asked,
             oracle_ok=replica.oracle_ok,
             predicted_resumed_s=self._plan.predicted_resumed_s,
             predicted_first_answer_s=self._plan.predicted_first_answer_s,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hotstart.api.core import Hotstart
 
 _INIT_TIMEOUT_S = 30.0
+_LAST_BYTES = 4000
 
 
 def _environment(worker: WorkerSpec) -> dict[str, str]:
@@ -60,19 +62,15 @@ class StartingWorker:
 
     def launch(self) -> None:
         """Start the sandbox and the command. Raises HotstartError, BadUsage."""
-        from shutil import which
-
         worker, name = self.worker, self.folder.name
         self.log_path = self._hotstart.log_path(name)
         self.folder.note_log(self.log_path)
-        program = which(worker.command[0], path=worker.environment.get("PATH", os.defpath))
-        if program is None and not os.path.exists(os.path.join(worker.cwd, worker.command[0])):
-            raise BadUsage(f"no program {worker.command[0]}: is the path right?")
+        require_program(worker)
         with suppress(FileNotFoundError):
             os.unlink(self.log_path)
         memory_root = self._hotstart.snapshots.memory_root
         self.memory_id = self.folder.begin_memory(memory_root)
-        self._cgroups = make_cgroups(name, worker.memory_bytes, worker.cpus)
+        self._cgroups = make_cgroups(self.folder.path, worker.memory_bytes, worker.cpus)
         listeners: tuple[tuple[socket.socket, int], ...] = ()
         if self._publish:
             if not worker.port:
@@ -154,6 +152,22 @@ class StartingWorker:
         self.folder.remove()
 
 
+def require_program(worker: WorkerSpec) -> None:
+    """Raise BadUsage if the command names no program that can be run, looked for as it will be."""
+    from shutil import which
+
+    name = worker.command[0]
+    if "/" not in name:
+        if which(name, path=worker.environment.get("PATH", os.defpath)) is None:
+            raise BadUsage(f"no program {name}: is the path right?")
+        return
+    path = os.path.join(worker.cwd, name)
+    if not os.path.exists(path):
+        raise BadUsage(f"no program {name}: is the path right?")
+    if os.path.isdir(path) or not os.access(path, os.X_OK):
+        raise BadUsage(f"{name} cannot be run: name a program, or make it one with `chmod +x`")
+
+
 def worker_binds(worker: WorkerSpec) -> tuple[Bind, ...]:
     """The host's folders that a worker sees besides the read-only root."""
     return (
@@ -171,15 +185,23 @@ def write_identity(init_pid: int, name: str, kind: str) -> None:
         os.replace(f"{path}.aside", path)
 
 
-def identity_document(name: str, kind: str) -> bytes:
-    """What the SDK's resume hooks get."""
-    return f'{{"kind": "{kind}", "name": "{name}"}}'.encode()
+def identity_document(name: str, kind: str, environment: Mapping[str, str] | None = None) -> bytes:
+    """What the SDK's resume hooks get; the variables of `environment` are set before."""
+    from msgspec import json
+
+    return json.encode({"kind": kind, "name": name, "environment": environment or {}})
 
 
 def last_words(log_path: str) -> str:
     """Say what a worker wrote last."""
-    with suppress(OSError), open(log_path, encoding="utf-8", errors="replace") as f:
-        lines = [line.strip() for line in f.read()[-4000:].splitlines() if line.strip()]
+    with suppress(OSError), open(log_path, "rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - _LAST_BYTES))
+        lines = [line for part in f.read().splitlines() if (line := printable(part))]
         if lines:
             return f"its last output: {lines[-1][:300]}"
     return "it wrote nothing"
+
+
+def printable(text: bytes) -> str:
+    """Return it as one line that does a terminal no harm."""
+    return "".join(c if c.isprintable() else " " for c in text.decode(errors="replace")).strip()

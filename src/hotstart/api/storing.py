@@ -15,7 +15,7 @@ from hotstart.adapters.linux.procfs import start_ticks
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 from hotstart.snapshot.capture import REGIONS
 from hotstart.store.archive import ArchiveStore
-from hotstart.store.collecting import collect, snapshot_sizes
+from hotstart.store.collecting import collect, compact, snapshot_sizes
 from hotstart.store.comparing import Contents
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.encryption import key_source_from_environment
@@ -113,12 +113,16 @@ def _has_ended(holder: Holder) -> bool:
 
 def push_snapshot(hotstart: Hotstart, name: str, url: str | None, progressing: Progressing) -> int:
     """Store a snapshot, from here or else from our own store; returns the bytes that this added. Raises NotFound, BadUsage."""
-    repository = hotstart.stores.at(url)
+    repository = hotstart.store.at(url)
     with (
         hotstart.snapshots.storing(name) if url is None else nullcontext(),
         _source(hotstart, name, progressing) as source,
     ):
-        added = publish(source, repository, progressing.measured(source.manifest.data_bytes))
+        try:
+            added = publish(source, repository, progressing.measured(source.manifest.data_bytes))
+        except NotFound:  # it was removed meanwhile
+            collect(repository)
+            raise
     if url is None:
         keep_quota(hotstart)
     return added
@@ -126,7 +130,7 @@ def push_snapshot(hotstart: Hotstart, name: str, url: str | None, progressing: P
 
 def unstored(hotstart: Hotstart) -> list[str]:
     """Return local snapshots that are in no store of ours and that nobody is storing: a kill interrupted that."""
-    stored = set(hotstart.stores.home.names())
+    stored = set(hotstart.store.home.names())
     return [name for name in hotstart.snapshots.unattended() if name not in stored and not _is_pulled(hotstart, name)]
 
 
@@ -143,7 +147,7 @@ def _source(hotstart: Hotstart, name: str, progressing: Progressing) -> Iterator
     try:
         local = hotstart.snapshots.open(name)
     except NotFound:
-        yield StoredSource(hotstart.stores.home, name)
+        yield StoredSource(hotstart.store.home, name)
         return
     complete_digests(local, progressing)
     local.check()
@@ -154,7 +158,7 @@ def _source(hotstart: Hotstart, name: str, progressing: Progressing) -> Iterator
 def pull_snapshot(hotstart: Hotstart, name: str, url: str | None, progressing: Progressing) -> LocalSnapshot:
     """Lay a snapshot of a store out here, ready to be restored. Raises NotFound, Refused."""
     hotstart.require_privileges()
-    repository = hotstart.stores.at(url) if url else hotstart.stores.holding(name)
+    repository = hotstart.store.at(url) if url else hotstart.store.holding(name)
     manifest = repository.find(name).manifest
     local = pull(name, repository, hotstart.snapshots, progressing.measured(manifest.data_bytes))
     keep_quota(hotstart, keep=name)
@@ -165,7 +169,7 @@ def export_snapshot(hotstart: Hotstart, name: str, path: str, progressing: Progr
     """Write a snapshot to one file; returns its bytes."""
     if os.path.exists(path):
         raise BadUsage(f"there is a file {path} already: choose another name")
-    with _source(hotstart, name, progressing) as source, hotstart.stores.archive(path, create=True) as archive:
+    with _source(hotstart, name, progressing) as source, hotstart.store.archive(path, create=True) as archive:
         publish(source, archive, progressing.measured(source.manifest.data_bytes))
     return os.stat(path).st_size
 
@@ -173,12 +177,12 @@ def export_snapshot(hotstart: Hotstart, name: str, path: str, progressing: Progr
 def import_snapshot(hotstart: Hotstart, path: str, progressing: Progressing) -> str:
     """Put a snapshot that was exported into our own store; returns its name. Raises Refused unless a trusted key signed it."""
     hotstart.require_privileges()
-    with hotstart.stores.archive(path) as archive:
+    with hotstart.store.archive(path) as archive:
         names = archive.names()
         if len(names) != 1:
             raise Damaged(f"{path} holds {len(names)} snapshots instead of one")
         source = StoredSource(archive, names[0])
-        publish(source, hotstart.stores.home, progressing.measured(source.manifest.data_bytes))
+        publish(source, hotstart.store.home, progressing.measured(source.manifest.data_bytes))
     return names[0]
 
 
@@ -197,14 +201,14 @@ def verify_snapshot(
     """Read every byte of every copy; with `repair` each bad copy is replaced by a good one, from wherever there is one."""
     problems: list[Refused] = []
     stored = local = None
-    if hotstart.stores.home.has(name):
+    if hotstart.store.home.has(name):
         progressing.stage("stored copy")
-        stored = _state_of(lambda: verify_stored(hotstart.stores.home, name, progressing.measured(0)), problems)
+        stored = _state_of(lambda: verify_stored(hotstart.store.home, name, progressing.measured(0)), problems)
     progressing.stage("local copy")
     with suppress(NotFound):
         local = _state_of(lambda: _verify_local(hotstart, name, progressing), problems)
     if local is None and stored is None:
-        hotstart.stores.holding(name)  # raises NotFound
+        hotstart.store.holding(name)  # raises NotFound
     if repair and problems:
         progressing.stage("repairing")
         left: list[Refused] = []
@@ -246,12 +250,12 @@ def _no_good_copy(name: str) -> Damaged:
 def _repair_stored(hotstart: Hotstart, name: str, local: str | None, progressing: Progressing) -> None:
     if local in ("good", "repaired"):
         with LocalSource(hotstart.snapshots.open(name)) as source:
-            mend(source, hotstart.stores.home, progressing.measured(source.manifest.data_bytes))
+            mend(source, hotstart.store.home, progressing.measured(source.manifest.data_bytes))
         return
-    for url in hotstart.stores.remotes():
-        remote = hotstart.stores.at(url)
+    for url in hotstart.store.remotes():
+        remote = hotstart.store.at(url)
         if remote.has(name):
-            mend(StoredSource(remote, name), hotstart.stores.home)
+            mend(StoredSource(remote, name), hotstart.store.home)
             return
     raise _no_good_copy(name)
 
@@ -259,7 +263,7 @@ def _repair_stored(hotstart: Hotstart, name: str, local: str | None, progressing
 def lay_out(hotstart: Hotstart, name: str, progress: Progress = no_progress) -> LocalSnapshot:
     """Lay a snapshot out from the first store that has a good copy. Raises NotFound, Refused."""
     problem: HotstartError | None = None
-    for repository in hotstart.stores.all():
+    for repository in hotstart.store.all():
         try:
             if repository.has(name):
                 local = pull(name, repository, hotstart.snapshots, progress)
@@ -310,7 +314,7 @@ def collect_garbage(
 ) -> GarbageReport:
     """Apply retention and quota, then remove what nothing needs. Snapshots that replicas run of stay."""
     hotstart.require_privileges()
-    repository = hotstart.stores.at(url)
+    repository = hotstart.store.at(url)
     taken = {}
     for name in {*repository.names(), *(hotstart.snapshots.names() if url is None else ())}:
         with suppress(HotstartError):
@@ -326,9 +330,12 @@ def collect_garbage(
                 hotstart.snapshots.remove(name)
             repository.store.delete(f"names/{name}")
         if url is None:
-            hotstart.stores.clear_leftovers()
+            hotstart.store.clear_leftovers()
             evicted = keep_quota(hotstart, quota_bytes=quota_bytes)
             hotstart.sweep()
+    if not only_look:
+        with suppress(Refused):  # what is damaged stays where it is until it is mended
+            compact(repository)
     found = collect(repository, only_look=only_look)
     return GarbageReport(tuple(removed), tuple(evicted), found.objects, found.freed_bytes, found.waiting_for)
 
@@ -345,12 +352,12 @@ class Sizes(Struct, frozen=True):
 
 def sizes_of(hotstart: Hotstart, name: str) -> tuple[str, Sizes]:
     """Return a snapshot's digest and sizes. Raises NotFound, Refused."""
-    stored, only = snapshot_sizes(hotstart.stores.home).get(name, (None, None))
+    stored, only = snapshot_sizes(hotstart.store.home).get(name, (None, None))
     try:
         local = hotstart.snapshots.open(name)
         manifest, digest = local.manifest, local.digest()
     except NotFound:
-        found = hotstart.stores.holding(name).find(name)
+        found = hotstart.store.holding(name).find(name)
         manifest, digest = found.manifest, found.digest
     unique = sum(contents_of(hotstart, name).chunks().values()) if all(m.index for m in manifest.memory) else 0
     return digest, Sizes(manifest.logical_bytes, manifest.data_bytes, unique, stored, only)
@@ -364,7 +371,7 @@ def contents_of(hotstart: Hotstart, name: str) -> Contents:
             regions = f.read()
         return Contents(local.manifest, {m.name: local.extents(m) for m in local.manifest.memory}, json.decode(regions))
     except NotFound:
-        repository = hotstart.stores.holding(name)
+        repository = hotstart.store.holding(name)
         found = repository.find(name)
         places = repository.places_of(found.digest)
         file = next(f for f in found.manifest.files if f.path == REGIONS)
@@ -379,7 +386,7 @@ def keep_quota(hotstart: Hotstart, keep: str = "", quota_bytes: int | None = Non
         if not text:
             return []
         quota_bytes = _bytes(text)
-    stored = set(hotstart.stores.home.names())
+    stored = set(hotstart.store.home.names())
     live = hotstart.folders.live_memory_ids()
     copies = []
     for name in hotstart.snapshots.names():

@@ -17,6 +17,7 @@ from hotstart.cli.common import (
     seconds,
     size,
     split_command,
+    whole_number,
     worker_spec,
 )
 from hotstart.errors import BadUsage
@@ -34,9 +35,9 @@ def main(arguments: list[str], _entered: float) -> int:
     )
     p.usage = "hotstart bench [options] --port PORT --ready-url URL --warmup FILE -- COMMAND..."
     p.add_argument("--engine", default="worker", help="what to call it")
-    p.add_argument("--cold-starts", type=int, default=2, help="the first is shown, the last is claimed (2)")
-    p.add_argument("--rounds", type=int, default=3, help="of restores, interleaved (3)")
-    p.add_argument("--replicas", type=int, default=4, help="restored at once at the end (4)")
+    p.add_argument("--cold-starts", type=whole_number, default=2, help="the first is shown, the last is claimed (2)")
+    p.add_argument("--rounds", type=whole_number, default=3, help="of restores, interleaved (3)")
+    p.add_argument("--replicas", type=whole_number, default=4, help="restored at once at the end (4)")
     p.add_argument("--plain-replicas", action="store_true", help="as many with plain CRIU, too")
     p.add_argument("--out", metavar="STEM", help="write STEM.json and STEM.png")
     add_warmup_options(p)
@@ -48,6 +49,8 @@ def main(arguments: list[str], _entered: float) -> int:
         raise BadUsage(
             "bench needs --port and --warmup: the last request's answer is what every restore is compared with"
         )
+    if min(options.cold_starts, options.rounds, options.replicas) < 1:
+        raise BadUsage("--cold-starts, --rounds and --replicas need 1 or more")
     wanted = ComparisonOptions(options.cold_starts, options.rounds, options.replicas, options.plain_replicas)
     progress = TerminalProgress(quiet=options.json)
     measured: Comparison = compare(

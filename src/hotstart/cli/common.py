@@ -8,14 +8,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hotstart.errors import BadUsage
+from hotstart.errors import BadUsage, NotFound
 
 if TYPE_CHECKING:
+    from hotstart.adapters.linux.runfolder import SandboxState
     from hotstart.api import Hotstart, Publish
     from hotstart.snapshot.warmup import Request
     from hotstart.snapshot.worker import WorkerSpec
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_FEWEST_CPUS, _MOST_CPUS = 0.01, 1e6  # what the kernel takes: a quota of 1 ms in 100 ms, and more than any machine has
+_MOST_BYTES = 1 << 60
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,20 +91,44 @@ def parse_publish(text: str | None) -> Publish | None:
     from hotstart.api import Publish
 
     host, _, port = text.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
-        raise BadUsage(f"--publish takes [HOST:]PORT with a port from 0 to 65535, not {text!r}")
+    if not is_whole(port) or int(port) > 65535:
+        raise BadUsage(f"--publish takes [HOST:]PORT with a port from 0 to 65535, not {text[:80]!r}")
     return Publish(host.strip("[]") or "127.0.0.1", int(port))
+
+
+def is_whole(text: str) -> bool:
+    """Say whether it is a whole number as people write it: int() takes '²', '٣', '1_0' and ' 1', or raises on 5000 digits."""
+    return text.isascii() and text.isdigit() and len(text) < 19
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number, for argparse. Raises ArgumentTypeError."""
+    if not is_whole(text.removeprefix("-")):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """Read a number that is finite, for argparse. Raises ArgumentTypeError."""
+    import re
+
+    if not re.fullmatch(r"-?(\d{1,15}(\.\d*)?|\.\d+)", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number like 30 or 1.5")
+    return float(text)
 
 
 def add_worker_options(p: argparse.ArgumentParser) -> None:
     """Add the options that describe a worker."""
-    p.add_argument("--port", type=int, help="what the worker listens on inside")
+    p.add_argument("--port", type=whole_number, help="what the worker listens on inside")
     p.add_argument("--ready-url", metavar="URL", help="answers 2xx once the worker is ready; asked inside")
-    p.add_argument("--ready-timeout", type=float, default=600.0, metavar="S", help="seconds to wait for that (600)")
+    p.add_argument("--ready-timeout", type=number, default=600.0, metavar="S", help="seconds to wait for that (600)")
     p.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="add to the environment")
+    p.add_argument(
+        "--omit-env", action="append", default=[], metavar="NAME", help="leave a secret out; `restore --env` gives it"
+    )
     p.add_argument("--network", choices=("isolated", "egress"), default="isolated", help="egress: it may call out")
     p.add_argument("--memory", metavar="SIZE", help="limit, like 4G")
-    p.add_argument("--cpus", type=float, help="limit, like 1.5")
+    p.add_argument("--cpus", type=number, help="limit, like 1.5")
     p.add_argument(
         "--writable", action="append", default=[], metavar="DIR", help="open a folder of the host for writing"
     )
@@ -134,27 +161,32 @@ def worker_spec(options: argparse.Namespace, command: list[str]) -> WorkerSpec:
     """Make a worker's description of its options. Raises BadUsage."""
     from hotstart.adapters.criu.program import find_criu
     from hotstart.adapters.linux.host import host_folders_below_private
+    from hotstart.snapshot.warmup import ready_request
     from hotstart.snapshot.worker import WorkerSpec
 
     if not command:
         raise BadUsage("no command: write it after --, like `-- python server.py`")
     if options.port is not None and not 0 < options.port < 65536:
         raise BadUsage(f"--port {options.port} is not a port")
-    if options.ready_timeout <= 0 or (options.cpus is not None and options.cpus <= 0):
-        raise BadUsage("--ready-timeout and --cpus must be more than 0")
-    if options.ready_url and not options.ready_url.startswith("http://"):
-        raise BadUsage(f"--ready-url takes http://..., not {options.ready_url!r}")
-    environment = {name: value for name, value in os.environ.items() if _is_utf8(name + value)}
-    for entry in options.env:
-        name, equals, value = entry.partition("=")
-        if not equals or not name:
-            raise BadUsage(f"--env takes NAME=VALUE, not {entry!r}")
-        environment[name] = value
-    writable = [os.path.abspath(folder) for folder in options.writable]
-    for folder in writable:
+    if options.ready_timeout <= 0:
+        raise BadUsage("--ready-timeout must be more than 0")
+    if options.cpus is not None and not _FEWEST_CPUS <= options.cpus <= _MOST_CPUS:
+        raise BadUsage(f"--cpus {options.cpus:g} cannot be kept to: give {_FEWEST_CPUS:g} or more")
+    if options.ready_url is not None:
+        ready_request(options.ready_url)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        # The key of an encrypted store must not be in a snapshot.
+        if is_utf8(name + value) and not name.startswith("HOTSTART_STORE_KEY")
+    }
+    environment |= parse_environment(options.env)
+    for name in options.omit_env:
+        environment.pop(name, None)
+    cwd = _working_directory()
+    for folder in options.writable:
         if not os.path.isdir(folder):
-            raise BadUsage(f"--writable {folder}: there is no such folder")
-    cwd = os.getcwd()
+            raise BadUsage(f"--writable {folder or repr(folder)}: there is no such folder")
     return WorkerSpec(
         command=tuple(command),
         cwd=cwd,
@@ -163,15 +195,37 @@ def worker_spec(options: argparse.Namespace, command: list[str]) -> WorkerSpec:
         ready_url=options.ready_url,
         ready_timeout_s=options.ready_timeout,
         network=options.network,
-        memory_bytes=parse_size(options.memory) if options.memory else None,
+        memory_bytes=None if options.memory is None else parse_size(options.memory),
         cpus=options.cpus,
-        writable=tuple(writable),
+        writable=tuple(map(os.path.abspath, options.writable)),
+        omitted=tuple(options.omit_env),
         visible=host_folders_below_private(cwd, tuple(command), (find_criu().path,)),
     )
 
 
-def _is_utf8(text: str) -> bool:
-    """Say whether a variable can be kept in a snapshot's document; the few that cannot are left out."""
+def _working_directory() -> str:
+    try:
+        cwd = os.getcwd()
+    except FileNotFoundError as e:
+        raise BadUsage("the working directory is gone: change to another one") from e
+    if not is_utf8(cwd):
+        raise BadUsage("the working directory's path is not UTF-8: change to another one")
+    return cwd
+
+
+def parse_environment(entries: Sequence[str]) -> dict[str, str]:
+    """Read NAME=VALUE entries. Raises BadUsage, which does not repeat a value: it may be a secret."""
+    environment = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals or not name:
+            raise BadUsage(f"--env takes NAME=VALUE, not {name[:80]!r} alone")
+        environment[name] = value
+    return environment
+
+
+def is_utf8(text: str) -> bool:
+    """Say whether a text from the system can be kept in a snapshot's document; variables that cannot are left out."""
     try:
         return bool(text.encode())
     except UnicodeEncodeError:
@@ -184,15 +238,12 @@ def parse_size(text: str) -> int:
     >>> parse_size("1.5G")
     1610612736
     """
-    number, unit = text.rstrip("iBb"), ""
-    if number and number[-1].upper() in _UNITS:
-        number, unit = number[:-1], number[-1].upper()
-    try:
-        value = int(float(number) * _UNITS[unit])
-    except ValueError:
-        value = 0
-    if value <= 0:
-        raise BadUsage(f"{text!r} is not a size: write it like 512M or 4G")
+    import re
+
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d*)?|\.\d+)([KMGT]?)(?:iB|B)?", text, re.ASCII | re.IGNORECASE)
+    value = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if not 0 < value <= _MOST_BYTES:
+        raise BadUsage(f"{text[:40]!r} is not a size: write it like 512M or 4G")
     return value
 
 
@@ -203,7 +254,7 @@ def read_warmup(path: str | None) -> list[Request]:
     if path is None:
         return []
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8", newline="") as f:
             requests = parse_warmup(f.read(), path)
     except (OSError, UnicodeDecodeError) as e:
         raise BadUsage(f"--warmup {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
@@ -217,9 +268,12 @@ def say(message: str) -> None:
     print(f"hotstart: {message}", file=sys.stderr)
 
 
-def one_name(p: argparse.ArgumentParser, what: str) -> None:
-    """Add the one name that a command takes."""
-    p.add_argument("name", metavar=what)
+def pid_of(state: SandboxState) -> int | None:
+    """Return the root's pid on the host; None if it has ended, perhaps just now."""
+    try:
+        return state.host_root_pid()
+    except NotFound:
+        return None
 
 
 def as_plain(value: Any) -> Any:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from hotstart.cli.common import open_hotstart, parser, print_json, print_table
-from hotstart.errors import NotFound
-
-if TYPE_CHECKING:
-    from hotstart.adapters.linux.runfolder import SandboxState
+from hotstart.cli.common import open_hotstart, parser, pid_of, print_json, print_table
 
 
 def main(arguments: list[str], _entered: float) -> int:
@@ -24,7 +18,7 @@ def main(arguments: list[str], _entered: float) -> int:
                 "kind": state.kind,
                 "snapshot": state.snapshot,
                 "state": "running" if state.alive() else "ended" if status is None else f"exited ({status})",
-                "pid": _pid(state),
+                "pid": pid_of(state),
                 "address": state.address,
             }
         )
@@ -39,10 +33,3 @@ def main(arguments: list[str], _entered: float) -> int:
             ),
         )
     return 0
-
-
-def _pid(state: SandboxState) -> int | None:
-    try:
-        return state.host_root_pid()
-    except NotFound:  # it ended, perhaps just now
-        return None

@@ -12,7 +12,7 @@ _BAR = 40
 
 def main(arguments: list[str], _entered: float) -> int:
     """Say what a replica's restore did, stage by stage."""
-    p = parser("receipt", "What a replica's restore did, stage by stage; the stages add up to the whole.")
+    p = parser("receipt", "What a replica's restore did, stage by stage, each measured for itself.")
     p.add_argument("replica", metavar="REPLICA")
     options = p.parse_args(arguments)
     folder, _ = open_hotstart().find(options.replica)

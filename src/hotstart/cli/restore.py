@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hotstart.cli.common import (
     open_hotstart,
+    parse_environment,
     parse_publish,
     parser,
     print_json,
@@ -13,6 +14,7 @@ from hotstart.cli.common import (
     process_start,
     say,
     seconds,
+    whole_number,
 )
 
 if TYPE_CHECKING:
@@ -26,10 +28,13 @@ def main(arguments: list[str], _entered: float) -> int:
     started_clock = process_start()
     p = parser("restore", "Start replicas of a snapshot; return when each has answered as the warm worker did.")
     p.add_argument("snapshot", metavar="SNAP")
-    p.add_argument("--replicas", type=int, default=1, metavar="N", help="how many (1)")
+    p.add_argument("--replicas", type=whole_number, default=1, metavar="N", help="how many (1)")
     p.add_argument("--name", help="of the replica; of several, NAME-1, NAME-2, ...")
     p.add_argument(
         "--publish", metavar="[HOST:]PORT", help="host port; replicas take consecutive ones; 0 is any free port"
+    )
+    p.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="give it to the worker's SDK when it resumes"
     )
     p.add_argument("--no-wait", action="store_true", help="return when the port accepts connections")
     options = p.parse_args(arguments)
@@ -40,9 +45,10 @@ def main(arguments: list[str], _entered: float) -> int:
         options.replicas,
         options.name,
         publish,
+        environment=parse_environment(options.env),
         wait=not options.no_wait,
         note=say,
-        marks={"cli_start": time.monotonic()},
+        spans={"cli_start": (started_clock, time.monotonic())},
     )
     if options.json:
         print_json({"snapshot": options.snapshot, "replicas": [_as_json(r) for r in replicas]})

@@ -9,11 +9,13 @@ from hotstart.cli.common import (
     oracle_ignore,
     parse_publish,
     parser,
+    pid_of,
     print_json,
     read_warmup,
     split_command,
     worker_spec,
 )
+from hotstart.snapshot.worker import check_name
 
 
 def main(arguments: list[str], _entered: float) -> int:
@@ -26,11 +28,12 @@ def main(arguments: list[str], _entered: float) -> int:
     add_worker_options(p)
     before, command = split_command(arguments)
     options = p.parse_args(before)
+    check_name(options.name, "worker")
     publish = parse_publish(options.publish)
-    worker, warmup = worker_spec(options, command), read_warmup(options.warmup)
+    warmup, worker = read_warmup(options.warmup), worker_spec(options, command)
     state = open_hotstart().run(options.name, worker, publish, warmup, oracle_ignore(options))
     if options.json:
-        print_json({"name": state.name, "pid": state.host_root_pid(), "address": state.address})
+        print_json({"name": state.name, "pid": pid_of(state), "address": state.address})
     else:
         print(f"{state.name} runs{f' at {state.address}' if state.address else ''}")
     return 0

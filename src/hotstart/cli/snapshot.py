@@ -55,11 +55,13 @@ def main(arguments: list[str], _entered: float) -> int:
         "rm": _rm,
         **snapshot_store.COMMANDS,
     }
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        raise BadUsage("no command: `hotstart snapshot --help` lists them")
+    if arguments[0] in ("-h", "--help"):
         print("usage: hotstart snapshot COMMAND ...\n")
         for name, summary in _SUMMARIES.items():
             print(f"  {name:<8} {summary}")
-        return 0 if arguments else 2
+        return 0
     if arguments[0] not in commands:
         raise BadUsage(f"no command `snapshot {arguments[0]}`: `hotstart snapshot --help` lists them")
     code = commands[arguments[0]](arguments[1:])
@@ -90,6 +92,7 @@ def _create(arguments: list[str]) -> int:
     add_worker_options(p)
     before, command = split_command(arguments)
     options = p.parse_args(before)
+    check_name(options.name, "snapshot")
     if bool(options.source) == bool(command):
         raise BadUsage("say what to checkpoint: either --from NAME or -- COMMAND")
     if options.keep and command:
@@ -111,6 +114,10 @@ def _create(arguments: list[str]) -> int:
         return 0
     if taken.fold_refused and not options.plain:
         say(f"its memory could not be mapped, restores will copy it: {taken.fold_refused}")
+    if taken.secrets:
+        say(
+            f"what looks like secrets is in it, as in the worker's environment: {', '.join(taken.secrets)} (--omit-env)"
+        )
     print(
         f"{taken.snapshot}: {size(taken.logical_bytes)}, stood still {seconds(taken.frozen_s)}, "
         f"could be restored after {seconds(taken.usable_s)}, tried after {seconds(taken.total_s)}"
@@ -123,9 +130,9 @@ def _ls(arguments: list[str]) -> int:
     p.add_argument("--remote", action="store_true", help="ask the stores of HOTSTART_REMOTE, too")
     options = p.parse_args(arguments)
     hotstart = open_hotstart()
-    here, stored = set(hotstart.snapshots.names()), set(hotstart.stores.home.names())
+    here, stored = set(hotstart.snapshots.names()), set(hotstart.store.home.names())
     remote = (
-        {n for url in hotstart.stores.remotes() for n in hotstart.stores.at(url).names()} if options.remote else set()
+        {n for url in hotstart.store.remotes() for n in hotstart.store.at(url).names()} if options.remote else set()
     )
     rows = []
     for name in sorted(here | stored | remote):

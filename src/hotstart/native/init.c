@@ -6,11 +6,12 @@
  * It knows nothing of snapshots, stores or plans: the caller opens every descriptor and passes every decision.
  *
  * usage: hotstart-init OPTION... -- PROGRAM ARG...
- *   -s FD            status: one line an event, "NAME CLOCK_MONOTONIC_SECONDS [DETAIL]"
+ *   -s FD            status: one line an event, "NAME BEGAN ENDED [DETAIL]", in seconds of CLOCK_MONOTONIC
  *   -l FD            lifeline: end of file before a byte arrives means that the caller died: end everything
  *   -o FD            log: receives what the worker writes to stdout and stderr
  *   -x FD            result: the root's wait status is written here as text when it ends
- *   -d FD            door: listening unix socket; a client sends a port (2 bytes, network order), then speaks to it
+ *   -d FD            door: listening unix socket; a client sends a port (2 bytes, network order) and may go on at once;
+ *                    it gets the byte 0x06 once it is connected to that port inside, or end of file if that is refused
  *   -f FD|PORT       publish: listening TCP socket of the host, relayed to PORT inside
  *   -g FD            cgroup.procs file to join before anything else (repeatable)
  *   -h NAME          host name inside
@@ -85,10 +86,10 @@ static double monotonic(void)
 	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static void event(const char *name, const char *detail)
+static void event(const char *name, double began, double ended, const char *detail)
 {
 	char line[512];
-	int n = snprintf(line, sizeof line, "%s %.6f %s\n", name, monotonic(), detail);
+	int n = snprintf(line, sizeof line, "%s %.6f %.6f %s\n", name, began, ended, detail);
 	if (opt.status >= 0 && write(opt.status, line, (size_t)n) < 0) { /* the caller went away: nothing to tell */ }
 }
 
@@ -96,7 +97,8 @@ static void die(const char *what)
 {
 	char detail[400];
 	snprintf(detail, sizeof detail, "%s: %s", what, strerror(errno));
-	event("error", detail);
+	double now = monotonic();
+	event("error", now, now, detail);
 	_exit(99);
 }
 
@@ -262,12 +264,24 @@ static void next_pid(int pid)
 	close(f);
 }
 
+static double program_began;
+
+/* Returns once the program runs, or could not be started: then an event has told why, and it is about to be reaped. */
 static pid_t start(char **program, int log_write)
 {
+	int running[2];
+	char none_comes;
+	if (pipe2(running, O_CLOEXEC)) die("pipe");
 	if (!opt.is_restore) next_pid(opt.root_pid);
+	program_began = monotonic();
 	pid_t pid = fork();
 	if (pid < 0) die("fork");
-	if (pid) return pid;
+	if (pid) {
+		close(running[1]);
+		while (read(running[0], &none_comes, 1) < 0 && errno == EINTR) { }
+		close(running[0]);
+		return pid;
+	}
 	sigset_t none;
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, 0);
@@ -296,7 +310,7 @@ static pid_t start(char **program, int log_write)
 
 /* ---- relays: connections from the host to ports inside ----------------------------------------------------- */
 
-enum { RELAY_BYTES = 65536 };
+enum { RELAY_BYTES = 65536, CONNECTED = 0x06 };
 enum kind { SIGNALS, LIFELINE, LOG, DOOR, PUBLISH, END };
 
 struct watch { enum kind kind; int fd, port; struct end *end; };
@@ -305,7 +319,7 @@ struct end {             /* one side of a relay; what is read from it waits in b
 	struct end *other, *next_buried;
 	char *buffer;
 	size_t start, filled;
-	int eof, shut, connecting, wants_port, events, accepted;
+	int eof, shut, connecting, by_door, wants_port, events, accepted;
 	int closed;
 };
 
@@ -405,7 +419,7 @@ static void accept_from(struct watch *w)
 		if (!e) continue;
 		n_relays++;
 		e->accepted = 1;
-		e->wants_port = w->kind == DOOR;
+		e->by_door = e->wants_port = w->kind == DOOR;
 		e->events = EPOLLIN;
 		watch(&e->watch, EPOLLIN, EPOLL_CTL_ADD);
 		if (!e->wants_port) { connect_inside(e, w->port); arm(e); }
@@ -472,6 +486,7 @@ static void relay(struct end *e, uint32_t events)
 			return;
 		}
 		e->connecting = 0;
+		if (e->other->by_door) e->buffer[e->filled++] = CONNECTED;
 	}
 	if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) && !e->eof && e->filled < RELAY_BYTES && fill(e)) {
 		end_relay(e);
@@ -521,7 +536,7 @@ static void finish(int wait_status, int log_read)
 	pump_log(log_read);
 	if (opt.result >= 0 && write(opt.result, text, (size_t)n) < 0) { /* disk full: the caller sees us gone all the same */ }
 	text[n - 1] = 0; /* the line has an end of its own */
-	event("exit", text);
+	event("exit", program_began, monotonic(), text);
 	_exit(0); /* the kernel ends everything else in this pid namespace */
 }
 
@@ -534,10 +549,10 @@ static int reap(pid_t program, pid_t root, int log_read) /* 1 once a restore has
 		if (!WIFEXITED(st) || WEXITSTATUS(st)) {
 			char text[32];
 			snprintf(text, sizeof text, "%d", WIFEXITED(st) ? WEXITSTATUS(st) : 128 + WTERMSIG(st));
-			event("failed", text);
+			event("failed", program_began, monotonic(), text);
 			_exit(98);
 		}
-		event("restored", "");
+		event("restored", program_began, monotonic(), "");
 		restored = 1;
 	}
 	return restored;
@@ -595,7 +610,7 @@ static void nonblocking(int fd)
 	if (fd >= 0) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 }
 
-static void init(char **program)
+static void init(char **program, double began)
 {
 	sigset_t all;
 	int log_pipe[2];
@@ -607,14 +622,18 @@ static void init(char **program)
 	/* Every connection takes two descriptors here. The program keeps the limit that we were given. */
 	getrlimit(RLIMIT_NOFILE, &files_of_program);
 	setrlimit(RLIMIT_NOFILE, &(struct rlimit){files_of_program.rlim_max, files_of_program.rlim_max});
-	event("namespaces", "");
+	double now = monotonic();
+	event("namespaces", began, now, "");
+	began = now;
 	make_mounts();
-	event("mounts", "");
+	event("mounts", began, monotonic(), "");
 	if (opt.pack >= 0) {
+		began = monotonic();
 		if (filepack_unpack(opt.pack, problem, sizeof problem)) { errno = EINVAL; die(problem); }
 		close(opt.pack);
-		event("files", "");
+		event("files", began, monotonic(), "");
 	}
+	began = monotonic();
 	loopback_up();
 	if (opt.hostname && sethostname(opt.hostname, strlen(opt.hostname))) die("hostname");
 	if (pipe2(log_pipe, O_CLOEXEC)) die("pipe");
@@ -629,7 +648,7 @@ static void init(char **program)
 	char log_inode[32];
 	fstat(log_pipe[0], &log_stat);
 	snprintf(log_inode, sizeof log_inode, "%lu", (unsigned long)log_stat.st_ino);
-	event("started", log_inode); /* the caller must know the pipe: a restore gives the tree another one in its place */
+	event("started", began, program_began, log_inode); /* the caller must know the pipe: a restore gives the tree another one in its place */
 	close(log_pipe[1]);
 	for (int i = 0; i < opt.n_keeps; i++) close(opt.keeps[i]);
 	nonblocking(log_pipe[0]);
@@ -641,6 +660,7 @@ static void init(char **program)
 
 int main(int argc, char **argv)
 {
+	double began = monotonic();
 	char **program = parse(argc, argv);
 	if (close_range(3, ~0U, CLOSE_RANGE_CLOEXEC)) die("close_range");
 	for (int i = 0; i < opt.n_cgroups; i++) {
@@ -650,9 +670,9 @@ int main(int argc, char **argv)
 	if (unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)) die("namespaces");
 	pid_t pid = fork(); /* the first child is the new namespace's first process */
 	if (pid < 0) die("fork");
-	if (!pid) init(program);
+	if (!pid) init(program, began);
 	char text[16];
 	snprintf(text, sizeof text, "%d", pid);
-	event("init", text);
+	event("init", began, monotonic(), text);
 	return 0;
 }

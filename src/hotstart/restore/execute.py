@@ -9,7 +9,8 @@ from typing import Protocol
 from msgspec import Struct, field
 
 from hotstart.errors import HotstartError
-from hotstart.snapshot.sandbox import Sandbox, Sandboxes, SandboxSpec
+from hotstart.restore.receipt import Span
+from hotstart.snapshot.sandbox import ProgramFailed, Sandbox, Sandboxes, SandboxSpec
 from hotstart.snapshot.warmup import Answer, Oracle, Request
 
 RESTORE_TIMEOUT_S = 120.0
@@ -27,12 +28,18 @@ class Asker(Protocol):
 
 
 class Replica(Struct):
-    """A replica that is being started, and when it reached what (CLOCK_MONOTONIC seconds)."""
+    """A replica that is being started: what was measured of it so far, in CLOCK_MONOTONIC seconds.
+
+    `spans` are stages (restore/receipt.py); `resumed_at` is when the command knew that it runs, `answered_at` when its answer
+    was there.
+    """
 
     name: str
     spec: SandboxSpec
     sandbox: Sandbox | None = None
-    marks: dict[str, float] = field(default_factory=dict)
+    spans: dict[str, Span] = field(default_factory=dict)
+    resumed_at: float | None = None
+    answered_at: float | None = None
     oracle_ok: bool | None = None
     error: HotstartError | None = None
 
@@ -45,13 +52,16 @@ class Replica(Struct):
 
 
 def start_replicas(
-    replicas: Sequence[Replica], sandboxes: Sandboxes, marks: Mapping[str, float], clock: Callable[[], float]
+    replicas: Sequence[Replica],
+    sandboxes: Sandboxes,
+    spans: Mapping[str, Span],
+    spawn_began: float,
+    clock: Callable[[], float],
 ) -> None:
-    """Start all sandboxes, each with CRIU as its program; none is waited for."""
+    """Start all sandboxes, each with CRIU as its program; none is waited for. `spans` are what was measured before."""
     for replica in replicas:
-        replica.marks = dict(marks)
         replica.sandbox = sandboxes.start(replica.spec)
-        replica.marks["spawned"] = clock()
+        replica.spans = {**spans, "spawn": (spawn_began, clock())}
 
 
 def finish_replica(
@@ -65,21 +75,21 @@ def finish_replica(
     *,
     wait: bool,
 ) -> None:
-    """Wait for one replica to be resumed, and to answer as the warm worker did. Raises HotstartError if CRIU failed."""
+    """Wait for one replica to be resumed, and to answer as the warm worker did. Raises HotstartError."""
     try:
         replica.running.wait_for("restored", RESTORE_TIMEOUT_S)
-    except HotstartError as e:
-        if "failed" in str(e):
-            raise HotstartError(
-                f"CRIU could not restore: {why_criu_failed(os.path.join(work_folder, 'restore.log'))}"
-            ) from e
-        raise
-    replica.marks["noticed"] = clock()
+    except ProgramFailed as e:
+        why = why_criu_failed(os.path.join(work_folder, "restore.log"))
+        raise HotstartError(f"CRIU could not restore: {why or e}") from e
+    replica.resumed_at = clock()
+    replica.spans["notice"] = replica.running.events["restored"][1], replica.resumed_at
     if port is None:
         return
     if oracle is None or not wait:
         asker.wait_port(replica.spec.door_path, port, ANSWER_TIMEOUT_S)
         return
+    began = clock()
     answer = asker.ask(replica.spec.door_path, port, oracle.request, ANSWER_TIMEOUT_S)
-    replica.marks["answered"] = clock()
+    replica.answered_at = clock()
+    replica.spans["first_answer"] = began, replica.answered_at
     replica.oracle_ok = oracle.accepts(answer)

@@ -6,18 +6,33 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-# What hotstart-init reports, in order, and the stage that ends there.
-_INIT_STAGES = (
-    ("namespaces", "namespaces"),
-    ("mounts", "mounts"),
-    ("files", "files"),
-    ("started", "init"),
-    ("restored", "criu"),
+# When a stage began and ended, in CLOCK_MONOTONIC seconds.
+Span = tuple[float, float]
+
+STAGES = (
+    "cli_start",
+    "check",
+    "spawn",
+    "namespaces",
+    "mounts",
+    "files",
+    "init",
+    "criu",
+    "notice",
+    "first_answer",
 )
+# What hotstart-init calls the end of its stages.
+_INIT_EVENTS = {
+    "namespaces": "namespaces",
+    "mounts": "mounts",
+    "files": "files",
+    "started": "init",
+    "restored": "criu",
+}
 
 
 class Receipt(Struct, frozen=True):
-    """Seconds of each stage, in order; they add up to `total_s`, with what no stage accounts for as the last one.
+    """Seconds of each stage, in order, each measured for itself; what of `total_s` none of them accounts for is the last one.
 
     The clock starts when the restore was asked for and ends at the first correct answer, or at the resume if nobody asked.
     """
@@ -35,30 +50,24 @@ class Receipt(Struct, frozen=True):
     predicted_first_answer_s: float | None
 
 
-def measure_stages(marks: Mapping[str, float], events: Mapping[str, float]) -> dict[str, float]:
-    """Turn points in time (CLOCK_MONOTONIC seconds) into stages.
+def stages_of_init(events: Mapping[str, Span]) -> dict[str, Span]:
+    """Pick the stages from what hotstart-init reported."""
+    return {_INIT_EVENTS[event]: span for event, span in events.items() if event in _INIT_EVENTS}
 
-    `marks` are our own, in order ('asked', 'cli_start', 'checked', 'spawned', 'noticed', 'answered', each naming the stage that
-    ends there); `events` are init's, which fall between 'spawned' and 'noticed'.
 
-    >>> measure_stages({"asked": 1.0, "spawned": 1.25}, {"restored": 1.5})
-    {'spawn': 0.25, 'criu': 0.25}
+def measure_stages(spans: Mapping[str, Span], asked: float, ended: float) -> dict[str, float]:
+    """Turn what was measured of each stage into its seconds, in the order of STAGES, and `unaccounted`.
+
+    Where two overlap, the time counts for the one that began first; time outside `asked` to `ended` counts for none. So they
+    add up to `ended - asked`, and no stage gets what was not measured around its very step.
+
+    >>> measure_stages({"spawn": (1.0, 1.5), "criu": (1.25, 2.0)}, 0.5, 2.25)
+    {'spawn': 0.5, 'criu': 0.5, 'unaccounted': 0.75}
     """
-    points = [(name, marks[mark]) for mark, name in _MARK_STAGES if mark in marks]
-    points += [(stage, events[event]) for event, stage in _INIT_STAGES if event in events]
-    points.sort(key=lambda p: p[1])
-    stages: dict[str, float] = {}
-    before = marks["asked"]
-    for name, at in points:
-        stages[name] = stages.get(name, 0.0) + at - before
-        before = at
-    return stages
-
-
-_MARK_STAGES = (
-    ("cli_start", "cli_start"),
-    ("checked", "check"),
-    ("spawned", "spawn"),
-    ("noticed", "notice"),
-    ("answered", "first_answer"),
-)
+    stages = {name: 0.0 for name in STAGES if name in spans}
+    covered = asked
+    for name in sorted(stages, key=lambda name: (*spans[name], STAGES.index(name))):
+        until = min(spans[name][1], ended)
+        stages[name] = max(0.0, until - max(spans[name][0], covered))
+        covered = max(covered, until)
+    return {**stages, "unaccounted": max(0.0, ended - asked - sum(stages.values()))}

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from hotstart.errors import HotstartError
+
 
 class Bind(Struct, frozen=True):
     """A host path that is seen at `target` inside."""
@@ -40,15 +42,19 @@ class SandboxSpec(Struct, frozen=True):
     keep_fds: tuple[int, ...] = ()
 
 
+class ProgramFailed(HotstartError):
+    """The program that was to restore the tree (CRIU) ran and failed; nothing else of the sandbox did."""
+
+
 class Sandbox(Protocol):
     """A running sandbox, ours to end until `commit`."""
 
     init_pid: int
     log_pipe: str  # what the tree's stdout and stderr are to begin with, as readlink(2) shows it; known once started
-    events: dict[str, float]  # CLOCK_MONOTONIC seconds of what init did so far
+    events: dict[str, tuple[float, float]]  # what init did so far: when it began and ended, CLOCK_MONOTONIC seconds
 
     def wait_for(self, event: str, timeout_s: float) -> None:
-        """Wait for init to report an event. Raises HotstartError with init's own reason."""
+        """Wait for init to report an event. Raises HotstartError with init's own reason, ProgramFailed."""
 
     def commit(self) -> None:
         """Let it outlive this process."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from msgspec import DecodeError, Struct, field, json
 
 from hotstart.errors import BadUsage
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2: methods, and names of headers
+_TARGET = r"/[!-\"$-~]*"  # printable ASCII without space and #
+_VALUE = r"[\t -~\x80-\xff]*"
+_OURS = ("content-length", "transfer-encoding", "connection")  # what they say follows from the body and from HTTP/1.0
 
 
 class Request(Struct, frozen=True):
@@ -35,21 +41,31 @@ class Oracle(Struct, frozen=True):
 
     def accepts(self, answer: Answer) -> bool:
         """Say whether an answer is the same, the ignored JSON fields aside."""
-        return answer.status == self.answer.status and comparable(answer.body, self.ignore) == comparable(
-            self.answer.body, self.ignore
-        )
+        return answer.status == self.answer.status and same(answer.body, self.answer.body, self.ignore)
 
 
-def comparable(body: bytes, ignore: Iterable[str]) -> object:
-    """Return what is compared of a body: JSON without the ignored fields, at any depth; anything else byte for byte.
+def same(one: bytes, other: bytes, ignore: Iterable[str]) -> bool:
+    """Say whether two bodies say the same: JSON without the ignored fields, at any depth; anything else byte for byte.
 
-    >>> comparable(b'{"id": 7, "text": "hi"}', ["id"])
-    {'text': 'hi'}
+    JSON that is nested too deeply for the interpreter (some hundred levels) is compared byte for byte, too.
+
+    >>> same(b'{"id": 7, "text": "hi"}', b'{"text": "hi", "id": 8}', ["id"])
+    True
     """
     try:
-        return _without(json.decode(body), frozenset(ignore))
-    except (DecodeError, UnicodeDecodeError):
-        return body
+        without = [_without(json.decode(body), frozenset(ignore)) for body in (one, other)]
+        return _equal(*without)
+    except (DecodeError, UnicodeDecodeError, RecursionError):
+        return one == other
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equal as JSON: true is not 1, but 1.0 is."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[name]) for name, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _without(value: Any, ignore: frozenset[str]) -> Any:
@@ -66,14 +82,13 @@ def parse_warmup(text: str, source: str) -> list[Request]:
     Raises BadUsage with the line's number.
     """
     requests = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             entry = json.decode(line)
-            headers = {str(k): str(v) for k, v in (entry.get("headers") or {}).items()}
-            requests.append(_request(entry, headers))
-        except (DecodeError, ValueError, KeyError, AttributeError, TypeError) as e:
+            requests.append(_request(entry, _headers(entry.get("headers") or {})))
+        except (DecodeError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
             raise BadUsage(
                 f'{source}:{number}: not a warm-up line ({e}); write {{"method", "path", "headers", "body"}}'
             ) from e
@@ -90,7 +105,49 @@ def _request(entry: Mapping[str, Any], headers: dict[str, str]) -> Request:
         data = json.encode(body)
         if not any(k.lower() == "content-type" for k in headers):
             headers["content-type"] = "application/json"
-    path = str(entry["path"])
+    method = str(entry.get("method", "GET")).upper()
+    if not re.fullmatch(_TOKEN, method):
+        raise ValueError(f"{method[:40]!r} is no method")
+    return Request(method, check_target(str(entry.get("path", ""))), headers, data)
+
+
+def check_target(path: str) -> str:
+    """Return a path (with its query) if it can stand in a request as it is. Raises ValueError.
+
+    >>> check_target("/v1/models?n=1")
+    '/v1/models?n=1'
+    """
     if not path.startswith("/"):
-        raise ValueError(f"path {path!r} does not start with /")
-    return Request(str(entry.get("method", "GET")).upper(), path, headers, data)
+        raise ValueError(f"path {path[:40]!r} does not start with /")
+    if not re.fullmatch(_TARGET, path):
+        raise ValueError(f"path {path[:40]!r} holds more than printable ASCII: write a space as %20, ü as %C3%BC")
+    return path
+
+
+def ready_request(url: str) -> tuple[int, Request]:
+    """Return the port and the request by which a readiness URL is asked. Raises BadUsage."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        port = 80 if parts.port is None else parts.port
+        if parts.scheme != "http" or not parts.hostname or not port or not re.fullmatch("[!-~]+", url):
+            raise ValueError("it takes http://HOST:PORT/PATH, in printable ASCII")
+        target = check_target((parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
+    except ValueError as e:
+        raise BadUsage(f"--ready-url {url[:80]!r} cannot be asked: {e}") from e
+    return port, Request("GET", target, {"host": parts.netloc})
+
+
+def _headers(given: Mapping[Any, Any]) -> dict[str, str]:
+    headers = {name: str(value) for name, value in given.items() if isinstance(value, str | int | float)}
+    for name in given.keys() - headers:
+        raise ValueError(f"the value of header {name[:40]!r} is no text")
+    for name, value in headers.items():
+        if not re.fullmatch(_TOKEN, name):
+            raise ValueError(f"{name[:40]!r} cannot name a header")
+        if not re.fullmatch(_VALUE, value):
+            raise ValueError(f"the value of header {name} holds a line end, a control character or more than Latin-1")
+        if name.lower() in _OURS:
+            raise ValueError(f"header {name} is set by hotstart: leave it out")
+    return headers

@@ -33,6 +33,7 @@ class WorkerSpec(Struct, frozen=True):
     cpus: float | None = None
     writable: tuple[str, ...] = ()
     visible: tuple[str, ...] = ()  # folders below a private one that the worker sees all the same, read-only
+    omitted: tuple[str, ...] = ()  # variables that were left out of its environment; a restore gives them
 
 
 def check_name(name: str, what: str) -> str:

@@ -1,15 +1,23 @@
-"""Removing from a store: names at once, the objects that nothing leads to any more when nobody can be relying on them."""
+"""Removing from a store: names at once, the objects that nothing leads to any more when nobody can be relying on them.
+
+Chunks that nothing leads to, in packs that others need, stay until so many of a pack are garbage that `compact` writes it anew.
+"""
 
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 
 from msgspec import Struct
 
 from hotstart.errors import Damaged, NotFound
 from hotstart.store.leases import COLLECT, PULL, Lease
-from hotstart.store.packs import packs_of
+from hotstart.store.local import Progress, no_progress
+from hotstart.store.packs import Place, packs_of
+from hotstart.store.publishing import Piece, pushing, store_pieces
 from hotstart.store.repository import Repository
+
+_WORTH_KEEPING = 0.5  # of a pack's bytes in use: one that has less is written anew
 
 
 class Collected(Struct, frozen=True):
@@ -35,6 +43,33 @@ def collect(repository: Repository, *, only_look: bool = False) -> Collected:
             what = "another collection" if busy[0].purpose == COLLECT else "an upload"
             return Collected(waiting_for=f"{what} is under way in the store")
         return _sweep(repository, lease, {held.subject for held in others}, only_look=only_look)
+
+
+def compact(repository: Repository, progress: Progress = no_progress) -> int:
+    """Store what is still used of packs that are mostly garbage anew, so that a collection can remove them.
+
+    Returns the bytes that it wrote. New tables of places are written beside the old ones, then those go: at every step each
+    snapshot has a table that leads to all of its chunks.
+    """
+    with pushing(repository) as lease:
+        tables = {}
+        for digest in {repository.digest_named(name) for name in repository.names()}:
+            tables[digest] = repository.places_of(digest)
+        used: dict[str, Place] = {}
+        for table in tables.values():
+            used |= table
+        live: dict[str, int] = {}
+        for place in used.values():
+            live[place.pack] = live.get(place.pack, 0) + place.stored_bytes
+        sizes = {key.removeprefix("packs/"): size for key, size in repository.store.list("packs/")}
+        wasteful = {pack for pack, size in live.items() if live[pack] < sizes.get(pack, 0) * _WORTH_KEEPING}
+        moving = {d: p for d, p in used.items() if p.pack in wasteful}
+        pieces = (Piece(d, p.length, partial(repository.read_chunk, d, moving)) for d, p in moving.items())
+        moved, written = store_pieces(repository, pieces, {}, lease, progress)
+        for digest, table in tables.items():
+            if moved.keys() & table.keys():
+                repository.write_places(digest, {d: moved.get(d, p) for d, p in table.items()})
+        return written
 
 
 def _sweep(repository: Repository, lease: Lease, pulled: set[str], *, only_look: bool) -> Collected:
@@ -63,7 +98,7 @@ def _sweep(repository: Repository, lease: Lease, pulled: set[str], *, only_look:
     # Packs last: as long as a table leads to them, an interrupted sweep is one that has not happened.
     for prefix in ("manifests/", "signatures/", "places/", "packs/"):
         for key, size in list(store.list(prefix)):
-            subject = key.removeprefix(prefix).partition("/")[0]
+            subject = key.removeprefix(prefix).partition(".")[0]
             keep = subject in used if prefix == "packs/" else subject in roots
             if (keep and key not in superseded) or (prefix == "packs/" and doubt):
                 continue

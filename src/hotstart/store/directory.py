@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,6 +12,9 @@ from hotstart.errors import HotstartError
 from hotstart.store.port import Bytes, Missing, check_key
 
 _ASIDE = ".aside"
+_BLOCK_BYTES = 4 << 20
+# Packs go past the page cache: filling it costs more than the disk does, and what restores map has better use for it.
+_DIRECT_FROM_BYTES = 1 << 20
 
 
 class DirectoryStore:
@@ -45,12 +49,13 @@ class DirectoryStore:
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.makedirs(os.path.dirname(aside), exist_ok=True)
-            with open(aside, "xb") as f:
-                for part in parts:
-                    f.write(part)
-                f.flush()
-                os.fchmod(f.fileno(), 0o444)
-                os.fsync(f.fileno())
+            fd = _create(aside, direct=sum(map(len, parts)) >= _DIRECT_FROM_BYTES)
+            try:
+                _write_all(fd, parts)
+                os.fchmod(fd, 0o444)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
             os.link(aside, path)
         except FileExistsError:
             return False
@@ -102,6 +107,47 @@ class DirectoryStore:
                 pid = name.partition("-")[0]
                 if not os.path.exists(f"/proc/{pid}"):
                     os.unlink(os.path.join(self._root, _ASIDE, name))
+
+
+def _create(path: str, *, direct: bool) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o600)
+        except OSError as e:
+            if e.errno != errno.EINVAL:  # a file system that cannot
+                raise
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+    return os.open(path, flags, 0o600)
+
+
+def _write_all(fd: int, parts: tuple[Bytes, ...]) -> None:
+    """Write parts in a row out of one aligned block, as O_DIRECT wants it; the last block is padded, and cut off again."""
+    total = sum(map(len, parts))
+    block = memoryview(mmap.mmap(-1, min(_BLOCK_BYTES, _up_to_page(max(1, total)))))
+    at = filled = 0
+    for part in parts:
+        rest = memoryview(part)
+        while rest:
+            piece = rest[: len(block) - filled]
+            block[filled : filled + len(piece)] = piece
+            filled, rest = filled + len(piece), rest[len(piece) :]
+            if filled == len(block):
+                _write_block(fd, block, at)
+                at, filled = at + filled, 0
+    _write_block(fd, block[: _up_to_page(filled)], at)
+    os.ftruncate(fd, total)
+
+
+def _write_block(fd: int, block: memoryview, at: int) -> None:
+    while block:
+        written = os.pwrite(fd, block, at)
+        block, at = block[written:], at + written
+
+
+def _up_to_page(length: int) -> int:
+    return -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _sync_folder(path: str) -> None:

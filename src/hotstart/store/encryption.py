@@ -106,10 +106,11 @@ def _output_of(command: str) -> str:
         except BaseException as e:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # with whatever it has started
-            if isinstance(e, subprocess.TimeoutExpired):
+            if isinstance(e, subprocess.TimeoutExpired):  # which quotes the command
                 raise HotstartError(
-                    f"the command of HOTSTART_STORE_KEY_COMMAND gave no key within {_COMMAND_TIMEOUT_S:g} s: run it by hand to see why"
-                ) from e
+                    f"the command of HOTSTART_STORE_KEY_COMMAND gave no key within {_COMMAND_TIMEOUT_S:g} s: "
+                    "run it by hand to see why"
+                ) from None
             raise
     if child.returncode:
         raise HotstartError(

@@ -264,8 +264,6 @@ class LocalSnapshots:
             os.rename(folder, doomed)
             _remove_tree(doomed)
         self.forget_pulls(name)
-        with suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.root, f".{name}{STORING}"))
 
     def forget_pulls(self, name: str | None = None, older_than_s: float = 0.0) -> None:
         """Remove what interrupted pulls have got of a snapshot, or of all, unless one goes on with it just now."""

@@ -35,7 +35,9 @@ def mend(source: Source, repository: Repository, progress: Progress = no_progres
         stored, _ = store_pieces(repository, (pieces[d] for d in bad), good, lease, progress)
         new = {d: stored[d] for d in bad}
         # Ours last: until then, whoever mends it again finds what is damaged, and leads the others there.
-        for other in {key.split("/")[1] for key, _ in list(repository.store.list("places/"))} - {digest}:
+        for other in {
+            key.removeprefix("places/").partition(".")[0] for key, _ in list(repository.store.list("places/"))
+        } - {digest}:
             _lead_to(repository, other, new)
         repository.write_places(digest, {d: new.get(d) or known[d] for d in pieces})
         write_manifest(repository, digest, source.document)

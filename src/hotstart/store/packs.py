@@ -18,7 +18,9 @@ from hotstart.store.port import Bytes, Missing, Store
 PACK_BYTES = 64 << 20
 RAW, ZSTD = 0, 1
 ZSTD_LEVEL = 1
-_WORTH_IT = 0.93  # of its length: a chunk that shrinks less is stored as it is, and read without a copy
+_WORTH_IT = (
+    0.875  # of its length. float32 weights shrink to 0.92, and unpacking is then slower than most disks (docs/adr/0004)
+)
 _SAMPLE_BYTES = 4096
 _MOST_WINDOW_BYTES = 8 << 20
 _MOST_PACK_BYTES = 1 << 40

@@ -79,17 +79,20 @@ class LocalSource:
         for file in self.manifest.files:
             fd, at = self._open(self._local.path(file.path)), 0
             for chunk in file.chunks:
+                self.require()
                 yield Piece(chunk.digest, chunk.length, partial(os.pread, fd, chunk.length, at))
                 at += chunk.length
         for memory in self.manifest.memory:
             fd = self._open(self._local.memory_path(memory.name))
             for extent in self._local.extents(memory):
+                self.require()
                 yield Piece(extent.digest, extent.length, partial(os.pread, fd, extent.length, extent.offset))
 
     def _open(self, path: str) -> int:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
+            self.require()
             raise Damaged(f"{path} of snapshot {self.manifest.name} cannot be read: {e.strerror}") from e
         self._stack.callback(os.close, fd)
         return fd
@@ -136,6 +139,7 @@ def publish(source: Source, repository: Repository, progress: Progress = no_prog
         source.require()
         if not repository.store.write(f"names/{name}", digest.encode()) and not _is_there(repository, name, digest):
             raise HotstartError(f"the name {name} vanished from the store while it was being written: try again")
+        _is_there(repository, name, digest)  # a store that lets two writers through tells the one that lost by this
         _require_complete(repository, lease, name, digest, packs_of(places.values()))
         try:
             source.require()
@@ -193,7 +197,7 @@ def sign(repository: Repository, digest: str) -> int:
     from hotstart.store.signing import key_id
 
     signature = repository.keyring.signer().sign(digest)
-    key, data = f"signatures/{digest}/{key_id(signature.key)}", signature.to_bytes()
+    key, data = f"signatures/{digest}.{key_id(signature.key)}", signature.to_bytes()
     if repository.store.write(key, data):
         return len(data)
     with suppress(Missing):
@@ -248,7 +252,7 @@ def known_places(repository: Repository) -> dict[str, Place]:
     A table that is damaged is passed over: its chunks are stored again.
     """
     places: dict[str, Place] = {}
-    for digest in {key.split("/")[1] for key, _ in repository.store.list("places/")}:
+    for digest in {key.removeprefix("places/").partition(".")[0] for key, _ in repository.store.list("places/")}:
         with suppress(Damaged):
             places |= repository.places_of(digest)
     packs = {key.removeprefix("packs/"): size for key, size in repository.store.list("packs/")}

@@ -1,6 +1,6 @@
 """Snapshots in a store: names, manifests, signatures, places; reading them, verified.
 
-Objects: names/NAME (a digest), manifests/DIGEST, signatures/DIGEST/KEYID, places/DIGEST/N, packs/NAME, keys/SET/KEK, leases/. A name
+Objects: names/NAME (a digest), manifests/DIGEST, signatures/DIGEST.KEYID, places/DIGEST.N, packs/NAME, keys/SET/KEK, leases/. A name
 is written last: what it leads to is complete. Pushing is in publishing.py, laying out in pulling.py, removing in collecting.py.
 """
 
@@ -46,8 +46,9 @@ class Repository:
         leases: Leases,
         keyring: Keyring | None = None,
         read_key: Callable[[], bytes] | None = None,
+        codec: Callable[[], Codec] = Codec,
     ) -> None:
-        self.store, self.leases, self.keyring, self._read_key = store, leases, keyring, read_key
+        self.store, self.leases, self.keyring, self._read_key, self._new_codec = store, leases, keyring, read_key, codec
         self._data_keys: DataKeys | None = None
         self._ciphers: dict[Sealing, Cipher] = {}
         self._thread = thread_local()
@@ -91,7 +92,7 @@ class Repository:
     def signatures(self, digest: str) -> dict[str, bytes]:
         """Return a snapshot's signature objects by their keys in the store."""
         found = {}
-        for key, _ in list(self.store.list(f"signatures/{digest}/")):
+        for key, _ in list(self.store.list(f"signatures/{digest}.")):
             with suppress(Missing):
                 found[key] = self.store.read(key)
         return found
@@ -106,7 +107,7 @@ class Repository:
         """Return the key of that table, and what it says. Raises Damaged."""
         problem = Damaged(f"the store has lost the places of snapshot {digest[:12]}")
         tried: set[str] = set()
-        while keys := [key for key, _ in self.store.list(f"places/{digest}/") if key not in tried]:
+        while keys := [key for key, _ in self.store.list(f"places/{digest}.") if key not in tried]:
             tried.add(keys[-1])
             try:
                 return keys[-1], decode_places(self.store.read(keys[-1]))
@@ -119,10 +120,10 @@ class Repository:
     def write_places(self, digest: str, places: Mapping[str, Place]) -> int:
         """Write a table of places beside those that there are, then remove them; returns the bytes written."""
         table = encode_places(places)
-        former = [key for key, _ in self.store.list(f"places/{digest}/")]
-        last = former[-1].rpartition("/")[2] if former else ""
+        former = [key for key, _ in self.store.list(f"places/{digest}.")]
+        last = former[-1].rpartition(".")[2] if former else ""
         number = int(last) + 1 if last.isdecimal() else 0
-        while not self.store.write(f"places/{digest}/{number:08}", table):
+        while not self.store.write(f"places/{digest}.{number:08}", table):
             number += 1
         for key in former:
             self.store.delete(key)
@@ -155,7 +156,7 @@ class Repository:
         """Return this thread's codec."""
         codec: Codec | None = getattr(self._thread, "codec", None)
         if codec is None:
-            codec = self._thread.codec = Codec()
+            codec = self._thread.codec = self._new_codec()
         return codec
 
     def read_chunk(self, digest: str, places: Mapping[str, Place]) -> Bytes:

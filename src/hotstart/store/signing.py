@@ -49,7 +49,7 @@ class Signature(Struct, frozen=True):
 
         try:
             Ed25519PublicKey.from_public_bytes(parse_key(self.key)).verify(self.signature, _signed_bytes(digest))
-        except (InvalidSignature, ValueError):  # ValueError: no point of the curve
+        except InvalidSignature:
             return False
         return True
 

@@ -27,7 +27,7 @@ def on_quiesce(hook: Callable[[], None]) -> None:
 
 
 def on_resume(hook: Callable[[Identity], None]) -> None:
-    """Call `hook` with the new identity ({"name", "kind"}) once the worker goes on, here or as a replica."""
+    """Call `hook` with the new identity ({"name", "kind", "environment"}) once the worker goes on, here or as a replica."""
     _resume_hooks.append(hook)
 
 
@@ -49,6 +49,9 @@ def checkpoint() -> Identity | None:
     os.unlink(f"{_FOLDER}/ready")
     with open(identity_path, encoding="utf-8") as f:
         identity: Identity = json.load(f)
+    given = identity.get("environment")
+    if isinstance(given, dict):  # what was left out of the snapshot, given at the restore
+        os.environ.update(given)
     for resume in reversed(_resume_hooks):
         resume(identity)
     return identity

@@ -32,7 +32,7 @@ class CriuDumper:
         self._criu, self._enter, self._root_pid, self._kept_fds = criu, enter, root_pid, kept_fds
 
     def dump(self, init_pid: int, images: str, while_frozen: Callable[[], None]) -> None:
-        """Dump to the folder `images`, calling back while frozen. Raises HotstartError with CRIU's own first error."""
+        """Dump to the folder `images`, calling back while frozen. Raises HotstartError with CRIU's own reason."""
         folder = f"/proc/{init_pid}/root{_INSIDE}"
         _clear(folder)
         os.makedirs(folder)
@@ -65,9 +65,11 @@ class CriuDumper:
                 fcntl.flock(alive, fcntl.LOCK_UN)
                 program.wait()
             if program.returncode:
+                why = why_it_failed(os.path.join(images, "dump.log"))
                 raise HotstartError(
-                    f"CRIU could not dump the worker: {why_it_failed(os.path.join(images, 'dump.log'))}"
+                    f"CRIU could not dump the worker: {why or f'exit status {program.returncode}, and no word why'}"
                 )
+            os.unlink(os.path.join(images, "dump.log"))
         finally:
             for fd in (images_fd, frozen, alive):
                 if fd >= 0:

@@ -9,12 +9,14 @@ from contextlib import suppress
 
 from msgspec import Struct
 
-from hotstart.adapters.linux.cgroups import remove_cgroups
+from hotstart.adapters.linux.cgroups import remove_cgroups, sweep_cgroups
 from hotstart.adapters.linux.procfs import children, start_ticks
 from hotstart.errors import BadUsage, HotstartError, MachineLacks, NotFound
 from hotstart.snapshot.codec import IllFormedError, decode, encode
 from hotstart.snapshot.warmup import Oracle
 from hotstart.snapshot.worker import WorkerSpec
+
+_LONGEST_STEM = 55  # of the 64 characters that a name, and a host's name, may have
 
 
 class SandboxState(Struct, frozen=True):
@@ -190,11 +192,11 @@ class RunFolders:
         raise BadUsage(f"the name {name} is taken: `hotstart ps` lists them, `hotstart rm {name}` frees it")
 
     def claim_numbered(self, stem: str) -> RunFolder:
-        """Take the first free one of stem-1, stem-2, ..."""
+        """Take the first free one of stem-1, stem-2, ...; a long stem is cut, for names have a longest length."""
         number = 1
         while True:
             try:
-                return self.claim(f"{stem}-{number}")
+                return self.claim(f"{stem[:_LONGEST_STEM]}-{number}")
             except BadUsage:
                 number += 1
 
@@ -222,6 +224,7 @@ class RunFolders:
                 folder = RunFolder(os.path.join(self.root, name))
                 if os.path.isdir(folder.path) and (not name.startswith(".") or not _lives(name)):
                     folder.clear_leftover()
+        sweep_cgroups(self.root)
 
     def live_memory_ids(self) -> set[str]:
         """Folders of memory files that sandboxes have mapped, those included that are just being started."""

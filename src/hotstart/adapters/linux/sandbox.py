@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -12,10 +13,11 @@ from contextlib import suppress
 
 from hotstart.adapters.linux.native import native_program
 from hotstart.adapters.linux.procfs import start_ticks
-from hotstart.errors import HotstartError, MachineLacks
-from hotstart.snapshot.sandbox import SandboxSpec
+from hotstart.errors import BadUsage, HotstartError, MachineLacks
+from hotstart.snapshot.sandbox import ProgramFailed, SandboxSpec
 
 _SEPARATOR = "\x1f"  # between the two halves of an option of hotstart-init: paths may hold anything else
+_CONNECTED = b"\x06"
 
 
 class LinuxSandbox:
@@ -23,12 +25,17 @@ class LinuxSandbox:
 
     def __init__(self, spec: SandboxSpec) -> None:
         """Start hotstart-init; every descriptor is opened here, so errors of paths are ours to name."""
-        self.events: dict[str, float] = {}
+        self.events: dict[str, tuple[float, float]] = {}
         self.init_pid = 0
         self.log_pipe = ""
-        self._reason = ""
+        self._ended = ""
+        self._unexpected = "its first process ended unexpectedly" + (
+            " (do --memory and --cpus leave it enough?)" if spec.cgroups else ""
+        )
         self._pending = b""
         opened: list[int] = []
+        if odd := next((b.source for b in spec.binds if _SEPARATOR in b.source + b.target), None):
+            raise BadUsage(f"{odd!r} cannot be shown in a sandbox: rename it, without the byte 0x1f")
 
         def passed(fd: int) -> int:
             opened.append(fd)
@@ -81,7 +88,7 @@ class LinuxSandbox:
         self._status = status_read
 
     def wait_for(self, event: str, timeout_s: float) -> None:
-        """Wait for init to report an event. Raises HotstartError with init's own reason."""
+        """Wait for init to report an event. Raises HotstartError with init's own reason, ProgramFailed if its program failed."""
         deadline = time.monotonic() + timeout_s
         # "init", which names the first process, is told by its parent: on a busy machine the child's own events overtake it.
         while event not in self.events or not self.init_pid:
@@ -89,27 +96,33 @@ class LinuxSandbox:
                 raise HotstartError(f"the sandbox did not report {event!r} within {timeout_s:g} s")
             data = os.read(self._status, 4096)
             if not data:
-                raise _failure(self._reason or "its first process ended unexpectedly")
+                raise HotstartError(f"the sandbox failed: {self._ended or self._unexpected}")
             self._take(data)
         self._starter.wait()
 
     def _take(self, data: bytes) -> None:
         *lines, self._pending = (self._pending + data).split(b"\n")
         for line in lines:
-            name, clock, detail = line.decode(errors="replace").split(" ", 2)
-            self.events[name] = float(clock)
+            name, began, ended, detail = line.decode(errors="replace").split(" ", 3)
+            self.events[name] = float(began), float(ended)
             if name == "init":
                 self.init_pid = int(detail)
             elif name == "started":
                 self.log_pipe = f"pipe:[{detail}]"
-            elif name in ("error", "failed", "exit"):
-                self._reason = f"{name} {detail}".strip()
-                if name != "exit":
-                    raise _failure(self._reason)
+            elif name == "exit":
+                self._ended = f"what runs in it {how_it_ended(int(detail))}"
+            elif name == "failed":
+                status = int(detail)
+                raise ProgramFailed(
+                    f"it was ended by signal {status - 128}" if status > 128 else f"exit status {status}"
+                )
+            elif name == "error":
+                raise _failure(detail.strip())
 
     def commit(self) -> None:
-        """Let it outlive this process."""
-        os.write(self._lifeline, b"c")
+        """Let it outlive this process. One that has ended by itself meanwhile is fine: its result says how."""
+        with suppress(BrokenPipeError):
+            os.write(self._lifeline, b"c")
         self._close()
 
     def kill(self) -> None:
@@ -143,9 +156,16 @@ class LinuxSandboxes:
 
 
 def _failure(reason: str) -> HotstartError:
-    if "namespaces: Operation not permitted" in reason:
+    if reason == "namespaces: Operation not permitted":
         return MachineLacks("making namespaces is not permitted: run as root, or see `hotstart doctor`")
     return HotstartError(f"the sandbox failed: {reason}")
+
+
+def how_it_ended(wait_status: int) -> str:
+    """Say how a process ended."""
+    if os.WIFSIGNALED(wait_status):
+        return f"was ended by signal {os.WTERMSIG(wait_status)}"
+    return f"ended with exit status {os.waitstatus_to_exitcode(wait_status)}"
 
 
 def kill_init(pid: int, ticks: int | None, timeout_s: float = 10.0) -> None:
@@ -169,24 +189,53 @@ def listen_unix(path: str) -> socket.socket:
     folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
     try:
         s = socket.socket(socket.AF_UNIX)
-        s.bind(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
-        s.listen(1024)
+        try:
+            s.bind(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+            s.listen(1024)
+        except BaseException:
+            s.close()
+            raise
     finally:
         os.close(folder)
     return s
 
 
-def dial(door_path: str, port: int, timeout_s: float | None = None) -> socket.socket:
-    """Connect to a port inside a sandbox. Raises OSError if its door is gone; a closed port shows as an early end of file."""
+def knock(door_path: str, port: int, data: bytes = b"", timeout_s: float | None = None) -> socket.socket:
+    """Ask a sandbox's door for a port inside, and send data for it along. Raises OSError if the door is gone."""
     folder = os.open(os.path.dirname(door_path), os.O_PATH | os.O_DIRECTORY)
     s = socket.socket(socket.AF_UNIX)
     try:
         s.settimeout(timeout_s)
         s.connect(f"/proc/self/fd/{folder}/{os.path.basename(door_path)}")
-        s.sendall(port.to_bytes(2, "big"))
+        s.sendall(port.to_bytes(2, "big") + data)
     except BaseException:
         s.close()
         raise
     finally:
         os.close(folder)
     return s
+
+
+def dial(door_path: str, port: int, data: bytes = b"", timeout_s: float | None = None) -> socket.socket:
+    """Connect to a port inside a sandbox; `data` goes out with the question, so that it need not wait for the connection.
+
+    Raises ConnectionRefusedError if nobody listens there, OSError if the door is gone, TimeoutError.
+    """
+    began = time.monotonic()
+    s = knock(door_path, port, data, timeout_s)
+    try:
+        if timeout_s is not None:
+            s.settimeout(max(0.001, began + timeout_s - time.monotonic()))
+        if _answer_of_door(s) != _CONNECTED:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, f"nothing listens on port {port} inside")
+    except BaseException:
+        s.close()
+        raise
+    return s
+
+
+def _answer_of_door(s: socket.socket) -> bytes:
+    try:
+        return s.recv(1)
+    except ConnectionResetError:  # an end of file before what we sent was read
+        return b""
