@@ -24,7 +24,7 @@ from hotstart.store.signing import Keyring
 from tests.store.samples import contents_of, make_local, objects_of, push, repository
 
 SEED = int(os.environ.get("HOTSTART_FUZZ_SEED", "2026"))
-KEPT: list[tuple[str, int, int]] = []  # (what, seed, number) of mutations that once went wrong
+KEPT = [("manifests", 1, 1933)]  # (what, seed, number) of mutations that once went wrong
 MOST_S = 30.0
 
 
@@ -152,7 +152,7 @@ def fuzz(what, number, one):
             outcomes["right"] += 1
         except HotstartError as e:
             if "\n" in str(e) or not 10 < len(str(e)) < 400:
-                pytest.fail(f"({what!r}, {seed}, {n}): not one line: {e!r}")
+                pytest.fail(f"({what!r}, {seed}, {n}): not one line: {str(e)[:1000]!r}")
             outcomes[type(e).__name__] += 1
         except BaseException as e:
             pytest.fail(f"({what!r}, {seed}, {n}): {e!r}")
