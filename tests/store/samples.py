@@ -42,7 +42,9 @@ def memory_of(name, note=b""):
     return [*SHARED, (3 * MIB, f"only of {name} ".encode() * 1000 + note)]
 
 
-def make_local(home, name="llm-1", memory_id="00ff00ff00ff00ff", *, digested=True, **changes) -> LocalSnapshot:
+def make_local(
+    home, name="llm-1", memory_id="00ff00ff00ff00ff", *, digested=True, regions=b"", **changes
+) -> LocalSnapshot:
     """Make a snapshot in a HOTSTART_HOME as a capture does: two images, a file pack, two memory files."""
     snapshots = LocalSnapshots(str(home))
     os.makedirs(os.path.join(snapshots.memory_root, memory_id), exist_ok=True)
@@ -53,7 +55,7 @@ def make_local(home, name="llm-1", memory_id="00ff00ff00ff00ff", *, digested=Tru
             "images/pstree.img": b"pstree of " + name.encode(),
             "images/pages-1.img": b"page" * (MIB // 4 * 2 + 100),  # two chunks and a bit
             "files.pack": b"HSFILES1",
-            "regions.json": b"",
+            "regions.json": regions,
         }
         for path, data in contents.items():
             with open(os.path.join(partial.folder, path), "wb") as f:

@@ -13,10 +13,12 @@ from itertools import pairwise
 import pytest
 
 from hotstart.errors import HotstartError
+from hotstart.store.collecting import collect
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.port import Missing
 from tests.conftest import skip_or_fail
 from tests.store.conformance import BAD_KEYS, StoreConformance
+from tests.store.samples import repository
 
 
 class TestDirectoryStore(StoreConformance):
@@ -298,3 +300,22 @@ def test_a_range_behind_everything_is_empty_and_a_long_one_takes_no_memory(root,
     store.write("a", b"abc")
     assert store.read("a", offset, 5) == b""
     assert store.read("a", 1, 1 << 60) == b"bc"
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(root, monkeypatch):
+    store = DirectoryStore(str(root))
+    store.write("names/a", b"0" * 64)
+    store.write("packs/x", b"precious")
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).rstrip("/").endswith("names"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return scandir(path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "scandir", failing)
+        for look in (lambda: list(store.list("names/")), lambda: collect(repository(store))):
+            with pytest.raises(HotstartError, match="cannot be read: Input/output error"):
+                look()
+    assert store.read("packs/x") == b"precious"

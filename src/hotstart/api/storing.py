@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Verified(Struct, frozen=True):
-    """What a verification found: 'good', 'repaired', 'damaged: why', or None where there is no such copy."""
+    """What a verification found: 'good', 'repaired', 'damaged: why', 'refused: why', or None where there is no such copy."""
 
     snapshot: str
     local: str | None
@@ -197,9 +197,9 @@ def complete_digests(local: LocalSnapshot, progressing: Progressing) -> None:
 
 def verify_snapshot(
     hotstart: Hotstart, name: str, progressing: Progressing, *, repair: bool
-) -> tuple[Verified, list[Damaged]]:
+) -> tuple[Verified, list[Refused]]:
     """Read every byte of every copy; with `repair` each bad copy is replaced by a good one, from wherever there is one."""
-    problems: list[Damaged] = []
+    problems: list[Refused] = []
     stored = local = None
     if hotstart.store.home.has(name):
         progressing.stage("stored copy")
@@ -211,21 +211,21 @@ def verify_snapshot(
         hotstart.store.holding(name)  # raises NotFound
     if repair and problems:
         progressing.stage("repairing")
-        left: list[Damaged] = []
+        left: list[Refused] = []
         if local and local != "good":
-            local = _state_of(lambda: hotstart.repair(name, progressing.measured(0)), left, done="repaired")
+            local = _state_of(lambda: _repair_local(hotstart, name, progressing), left, done="repaired")
         if stored and stored != "good":
             stored = _state_of(lambda: _repair_stored(hotstart, name, local, progressing), left, done="repaired")
         problems = left
     return Verified(name, local, stored), problems
 
 
-def _state_of(action: Callable[[], object], problems: list[Damaged], done: str = "good") -> str:
+def _state_of(action: Callable[[], object], problems: list[Refused], done: str = "good") -> str:
     try:
         action()
-    except Damaged as e:
+    except Refused as e:
         problems.append(e)
-        return f"damaged: {e}"
+        return f"{'damaged' if isinstance(e, Damaged) else 'refused'}: {e}"
     return done
 
 
@@ -234,6 +234,17 @@ def _verify_local(hotstart: Hotstart, name: str, progressing: Progressing) -> No
     complete_digests(local, progressing)
     local.verify(progress=progressing.measured(local.manifest.data_bytes))
     local.check()
+
+
+def _repair_local(hotstart: Hotstart, name: str, progressing: Progressing) -> None:
+    try:
+        hotstart.repair(name, progressing.measured(0))
+    except NotFound as e:
+        raise _no_good_copy(name) from e
+
+
+def _no_good_copy(name: str) -> Damaged:
+    return Damaged(f"no good copy of snapshot {name} is left here: name a store that has one in HOTSTART_REMOTE")
 
 
 def _repair_stored(hotstart: Hotstart, name: str, local: str | None, progressing: Progressing) -> None:
@@ -246,7 +257,7 @@ def _repair_stored(hotstart: Hotstart, name: str, local: str | None, progressing
         if remote.has(name):
             mend(StoredSource(remote, name), hotstart.store.home)
             return
-    raise Damaged(f"no good copy of snapshot {name} is left here: name a store that has one in HOTSTART_REMOTE")
+    raise _no_good_copy(name)
 
 
 def lay_out(hotstart: Hotstart, name: str, progress: Progress = no_progress) -> LocalSnapshot:

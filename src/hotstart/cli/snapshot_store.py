@@ -168,8 +168,10 @@ def _gc(arguments: list[str]) -> int:
     options = p.parse_args(arguments)
     if options.keep_last is not None and options.keep_last < 0:
         raise BadUsage("--keep-last needs 0 or more")
-    retention = Retention(options.keep_last, _seconds(options.keep_younger) if options.keep_younger else None)
-    quota = parse_size(options.quota) if options.quota else None
+    retention = Retention(
+        options.keep_last, _seconds(options.keep_younger) if options.keep_younger is not None else None
+    )
+    quota = parse_size(options.quota) if options.quota is not None else None
     report = collect_garbage(open_hotstart(), options.store, retention, quota, only_look=options.dry_run)
     if options.json:
         print_json(as_plain(report))
@@ -187,7 +189,7 @@ def _gc(arguments: list[str]) -> int:
 
 def _seconds(text: str) -> float:
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-    if text[-1] not in units or not text[:-1].isascii() or not text[:-1].isdigit():
+    if text[-1:] not in units or not text[:-1].isascii() or not text[:-1].isdigit():
         raise BadUsage(f"{text!r} is not an age: write it like 12h or 7d")
     return float(int(text[:-1]) * units[text[-1]])
 

@@ -83,9 +83,12 @@ def _sweep(repository: Repository, lease: Lease, pulled: set[str], *, only_look:
         except Damaged:
             doubt = f"the name {name} is damaged: nothing was removed, remove that snapshot first"
     used: set[str] = set()
+    superseded: set[str] = set()
     for digest in roots:
         try:
-            used |= packs_of(repository.places_of(digest).values())
+            newest, places = repository.newest_table(digest)
+            used |= packs_of(places.values())
+            superseded |= {key for key, _ in store.list(f"places/{digest}/") if key < newest}
         except Damaged as e:
             if digest not in pulled:
                 doubt = f"{e}: packs are kept"
@@ -97,7 +100,7 @@ def _sweep(repository: Repository, lease: Lease, pulled: set[str], *, only_look:
         for key, size in list(store.list(prefix)):
             subject = key.removeprefix(prefix).partition(".")[0]
             keep = subject in used if prefix == "packs/" else subject in roots
-            if keep or (prefix == "packs/" and doubt):
+            if (keep and key not in superseded) or (prefix == "packs/" and doubt):
                 continue
             objects, freed = objects + 1, freed + size
             if not only_look:

@@ -66,7 +66,7 @@ class DirectoryStore:
                 ) from e
             raise HotstartError(f"the store at {self._root} cannot be written: {e.strerror}") from e
         finally:
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(OSError):  # not there, or what failed above
                 os.unlink(aside)
         _sync_folder(os.path.dirname(path))
         return True
@@ -77,7 +77,7 @@ class DirectoryStore:
         if any(part.startswith(".") for part in prefix.split("/")):
             return  # no key has such a part
         top = os.path.dirname(os.path.join(self._root, prefix))
-        for folder, folders, files in os.walk(top):
+        for folder, folders, files in os.walk(top, onerror=self._not_listed):
             folders[:] = [f for f in folders if not f.startswith(".")]
             for name in files:
                 path = os.path.join(folder, name)
@@ -87,10 +87,18 @@ class DirectoryStore:
                         found.append((key, os.stat(path).st_size))
         yield from sorted(found)
 
+    def _not_listed(self, error: OSError) -> None:
+        """A folder that is not read is not an empty one: whoever collects garbage would take all the rest for it."""
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise HotstartError(f"the store at {self._root} cannot be read: {error.strerror}") from error
+
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is fine."""
-        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            os.unlink(self._path(key))
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                os.unlink(self._path(key))
+        except OSError as e:
+            raise HotstartError(f"the store at {self._root} cannot be written: {e.strerror}") from e
 
     def clear_leftovers(self) -> None:
         """Remove what killed writers left aside."""

@@ -77,18 +77,21 @@ def pull(
     Of several that pull one snapshot at once, here or in other processes, one does and the others wait for it.
     """
     found = repository.find(name)
-    with snapshots.begin_pull(name, found.digest) as partial:
-        if partial.done:
-            return partial.done
-        with _leased(repository, found.digest) as lease:
-            try:
-                return _lay_out(found, repository, partial, lease, progress)
-            except Damaged:
-                partial.forget()
-                repository.digest_named(name)  # raises NotFound if it was removed before our lease was seen
-                raise
-            except OSError as e:
-                raise HotstartError(f"snapshot {name} cannot be laid out here: {e.strerror}") from e
+    try:
+        with snapshots.begin_pull(name, found.digest) as partial:
+            return partial.done or _pull(found, repository, partial, progress)
+    except OSError as e:
+        raise HotstartError(f"snapshot {name} cannot be laid out here: {e.strerror or e}") from e
+
+
+def _pull(found: Published, repository: Repository, partial: PartialPull, progress: Progress) -> LocalSnapshot:
+    with _leased(repository, found.digest) as lease:
+        try:
+            return _lay_out(found, repository, partial, lease, progress)
+        except Damaged:
+            partial.forget()
+            repository.digest_named(found.manifest.name)  # raises NotFound if it was removed before our lease was seen
+            raise
 
 
 @contextmanager

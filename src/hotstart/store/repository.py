@@ -101,12 +101,16 @@ class Repository:
 
     def places_of(self, digest: str) -> dict[str, Place]:
         """Return where a snapshot's chunks are, by the newest table of it that can be read. Raises Damaged."""
+        return self.newest_table(digest)[1]
+
+    def newest_table(self, digest: str) -> tuple[str, dict[str, Place]]:
+        """Return the key of that table, and what it says. Raises Damaged."""
         problem = Damaged(f"the store has lost the places of snapshot {digest[:12]}")
         tried: set[str] = set()
         while keys := [key for key, _ in self.store.list(f"places/{digest}.") if key not in tried]:
             tried.add(keys[-1])
             try:
-                return decode_places(self.store.read(keys[-1]))
+                return keys[-1], decode_places(self.store.read(keys[-1]))
             except Missing:
                 continue  # replaced by a newer one beside us: listed now
             except Damaged as e:
