@@ -193,7 +193,7 @@ def test_a_process_that_is_killed_at_any_system_call_leaves_a_folder_good(before
 def require_nothing_left(snapshots, names):
     """After a sweep there is nothing but whole snapshots."""
     snapshots.forget_pulls()
-    snapshots.sweep(set())
+    snapshots.sweep(set)
     assert set(os.listdir(snapshots.root)) == set(names)
     if not names:
         assert tree_of(snapshots.memory_root) == set()
@@ -216,7 +216,7 @@ def test_a_pull_that_is_killed_at_any_system_call_leaves_nothing_or_all_and_goes
         if finishes_unless_killed_at_call(n, when, lambda snapshots=snapshots: pull("llm-1", repo, snapshots)):
             break
         deaths += 1
-        snapshots.sweep(set())
+        snapshots.sweep(set)
         for name in snapshots.names():
             snapshots.open(name).check()
             snapshots.open(name).verify()
@@ -270,7 +270,7 @@ def test_a_capture_that_is_killed_at_any_system_call_leaves_nothing_or_all(tmp_p
         assert names in ([], ["llm-1"])
         if names:
             snapshots.open("llm-1").check()
-        snapshots.sweep(set())
+        snapshots.sweep(set)
         if os.path.isdir(snapshots.root):
             assert os.listdir(snapshots.root) == names
         if not names:
@@ -311,7 +311,7 @@ def test_a_removal_that_is_killed_at_any_system_call_is_finished_by_the_next_swe
 
         def remove(snapshots=snapshots):
             snapshots.remove("llm-1")
-            snapshots.sweep(set())
+            snapshots.sweep(set)
 
         if finishes_unless_killed_at_call(n, when, remove):
             break

@@ -218,7 +218,7 @@ def test_manifests_that_are_what_their_digest_says(plain, number, tmp_path):
             assert set(os.listdir(folder / "cache" / "snapshots")) == {"llm-1"}
             assert os.listdir(folder) == ["cache"]
             LocalSnapshots(str(folder)).remove("llm-1")
-            LocalSnapshots(str(folder)).sweep(set())
+            LocalSnapshots(str(folder)).sweep(set)
 
     fuzz("manifests", number, one)
     assert sorted(os.listdir(tmp_path)) in ([], ["elsewhere"])
@@ -339,7 +339,7 @@ def test_pulls_from_a_store(plain, number, tmp_path):
         finally:
             assert snapshots.names() in ([], ["llm-1"])
             snapshots.remove("llm-1")
-            snapshots.sweep(set())
+            snapshots.sweep(set)
             assert tree_of(tmp_path) == set()
 
     fuzz("pulls", number, one)

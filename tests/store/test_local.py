@@ -312,7 +312,7 @@ def test_what_does_not_exist_is_not_found(tmp_path):
     with pytest.raises(NotFound):
         snapshots.open("llm-1")
     snapshots.remove("llm-1")
-    snapshots.sweep(set())
+    snapshots.sweep(set)
 
 
 def test_a_name_is_never_given_to_another_snapshot(tmp_path, local):
@@ -381,14 +381,14 @@ def test_a_removed_snapshot_leaves_nothing_after_the_next_sweep(tmp_path, local)
     snapshots = LocalSnapshots(str(tmp_path))
     snapshots.remove("llm-1")
     assert snapshots.names() == []
-    snapshots.sweep(set())
+    snapshots.sweep(set)
     assert tree_of(tmp_path) == set()
     assert os.listdir(snapshots.memory_root) == []
 
 
 def test_a_sweep_leaves_every_file_of_a_snapshot_alone(tmp_path, local):
     before = tree_of(tmp_path)
-    LocalSnapshots(str(tmp_path)).sweep(set())
+    LocalSnapshots(str(tmp_path)).sweep(set)
     assert tree_of(tmp_path) == before
     opened(tmp_path).check()
 
@@ -399,7 +399,7 @@ def test_a_memory_file_that_another_snapshot_has_outlives_the_one_that_made_it(t
     with snapshots.begin("llm-2") as partial:
         partial.publish(a_manifest(name="llm-2", files=(), memory=(shared,)))
     snapshots.remove("llm-1")
-    snapshots.sweep(set())
+    snapshots.sweep(set)
     assert tree_of(snapshots.memory_root) == {local.memory_path(shared.name)}
 
 
@@ -409,7 +409,7 @@ def test_memory_of_a_living_sandbox_is_never_swept(tmp_path):
         os.makedirs(os.path.join(snapshots.memory_root, memory_id))
         with open(os.path.join(snapshots.memory_root, memory_id, "x-0.mem"), "wb"):
             pass
-    snapshots.sweep({"aaaa"})
+    snapshots.sweep(lambda: {"aaaa"})
     assert tree_of(snapshots.memory_root) == {os.path.join(snapshots.memory_root, "aaaa", "x-0.mem")}
 
 
@@ -421,24 +421,24 @@ def test_nothing_is_swept_while_a_snapshot_is_being_made_and_all_of_it_once_its_
     for path in (memory, os.path.join(partial.folder, "image")):
         with open(path, "wb"):
             pass
-    snapshots.sweep(set())
+    snapshots.sweep(set)
     assert os.path.exists(memory) and os.listdir(partial.folder) == ["image"]
     os.close(partial.lock_fd)  # what the kernel does for one that was killed
-    snapshots.sweep(set())
+    snapshots.sweep(set)
     assert os.listdir(snapshots.root) == os.listdir(snapshots.memory_root) == []
 
 
 def test_a_folder_that_was_being_removed_is_removed(tmp_path, local):
     snapshots = LocalSnapshots(str(tmp_path))
     os.rename(local.folder, os.path.join(snapshots.root, ".llm-1.removed-00ff"))
-    snapshots.sweep(set())
+    snapshots.sweep(set)
     assert os.listdir(snapshots.root) == []
 
 
 def test_a_manifest_that_cannot_be_read_keeps_every_memory_file(tmp_path, local):
     change(local.path("manifest.json"), lambda f: f.truncate(10))
     before = tree_of(tmp_path / "cache" / "memory")
-    LocalSnapshots(str(tmp_path)).sweep(set())
+    LocalSnapshots(str(tmp_path)).sweep(set)
     assert tree_of(tmp_path / "cache" / "memory") == before != set()
 
 
@@ -447,6 +447,6 @@ def test_a_file_that_does_not_belong_among_memory_files_is_left_alone(tmp_path, 
     stray = os.path.join(snapshots.memory_root, "file")
     with open(stray, "w"):
         pass
-    snapshots.sweep(set())
+    snapshots.sweep(set)
     assert os.path.exists(stray)
     opened(tmp_path).check()

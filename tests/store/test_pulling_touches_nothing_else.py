@@ -195,5 +195,5 @@ def test_a_snapshot_that_names_the_memory_of_another_and_means_something_else_ch
         pull("llm-2", forged(manifest, index, data), home)
     home.open("llm-1").check()
     assert contents_of(first) == right
-    home.sweep(set())
+    home.sweep(set)
     assert home.names() == ["llm-1"]

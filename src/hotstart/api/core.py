@@ -336,7 +336,7 @@ class Hotstart:
     def sweep(self) -> None:
         """Remove what killed commands left behind."""
         self.folders.sweep()
-        self.snapshots.sweep(self.folders.live_memory_ids())
+        self.snapshots.sweep(self.folders.live_memory_ids)
 
     def require_privileges(self) -> None:
         """Raise MachineLacks if this cannot work here for want of privileges; make our folders, closed to other users.

@@ -48,7 +48,7 @@ class Stores:
 
     def __init__(self, hotstart: Hotstart) -> None:
         self._hotstart = hotstart
-        self._keyring = Keyring(os.path.join(hotstart.home, "keys"))
+        self.keyring = Keyring(os.path.join(hotstart.home, "keys"))
         self._folder = DirectoryStore(os.path.join(hotstart.home, "store"))
         self.home = self._repository(self._folder)
 
@@ -95,7 +95,7 @@ class Stores:
     def _repository(self, store: Store, leases_in: Store | None = None) -> Repository:
         leases = Leases(leases_in or store, _ourselves(), _has_ended, time.time)
         source = key_source_from_environment(os.environ)
-        return Repository(store, leases, self._keyring, source.read if source else None)
+        return Repository(store, leases, self.keyring, source.read if source else None)
 
 
 def _ourselves() -> Holder:

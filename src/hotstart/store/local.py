@@ -26,6 +26,7 @@ USES = ".uses"
 PULLED = ".pulled"
 _PULL_IS_KEPT_S = 86400.0
 _READ_BYTES = 8 << 20
+_SWEEP_HOLDS_S = 0.1  # how long a sweep may hold a lock, to see that nobody does
 Progress = Callable[[int], None]
 Populate = Callable[[mmap.mmap, list[tuple[int, int]]], None]
 
@@ -285,8 +286,13 @@ class LocalSnapshots:
         """Return every memory file that a snapshot here has. Raises Damaged if a manifest cannot be read."""
         return {memory.name for name in self.names() for memory in self.open(name).manifest.memory}
 
-    def sweep(self, live_memory_ids: set[str]) -> None:
-        """Remove what killed commands left: partial snapshots, memory files of no snapshot and no live sandbox."""
+    def sweep(self, live_memory_ids: Callable[[], set[str]]) -> None:
+        """Remove what killed commands left: partial snapshots, memory files of no snapshot and no live sandbox.
+
+        Whoever makes memory files says so before, by a lock or a run folder, and names them in a manifest before that ends. So
+        what is there already is listed first, and then asked for whether somebody needs it.
+        """
+        there = list(self._all_memory())
         being_made = False
         self.forget_pulls(older_than_s=_PULL_IS_KEPT_S)
         with suppress(FileNotFoundError):
@@ -297,20 +303,28 @@ class LocalSnapshots:
                     being_made |= not _remove_if_unlocked(os.path.join(self.root, entry))
         if being_made:
             return  # its memory files are not named by any manifest yet
+        live = live_memory_ids()
         try:
             kept = self.memory_files()
         except HotstartError:
             return  # a manifest that cannot be read may name any of them: keep them all
+        for memory_id, files in there:
+            if memory_id in live:
+                continue
+            folder = os.path.join(self.memory_root, memory_id)
+            for file in files:
+                if f"{memory_id}/{file}" not in kept:
+                    with suppress(FileNotFoundError):
+                        os.unlink(os.path.join(folder, file))
+            with suppress(OSError):  # a snapshot's
+                os.rmdir(folder)
+
+    def _all_memory(self) -> Iterator[tuple[str, list[str]]]:
+        """Give the folders of memory files and what is in them."""
         with suppress(FileNotFoundError):
             for memory_id in os.listdir(self.memory_root):
-                folder = os.path.join(self.memory_root, memory_id)
-                if memory_id in live_memory_ids or not os.path.isdir(folder):
-                    continue
-                for file in os.listdir(folder):
-                    if f"{memory_id}/{file}" not in kept:
-                        os.unlink(os.path.join(folder, file))
-                with suppress(OSError):  # a snapshot's
-                    os.rmdir(folder)
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    yield memory_id, os.listdir(os.path.join(self.memory_root, memory_id))
 
 
 class _Lock:
@@ -319,12 +333,16 @@ class _Lock:
     def __init__(self, root: str, name: str, *, wait: bool, suffix: str = MAKING) -> None:
         self._path = os.path.join(root, f".{name}{suffix}")
         os.makedirs(root, exist_ok=True)
+        deadline = time.monotonic() + _SWEEP_HOLDS_S
         while True:
             self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as e:
                 os.close(self.fd)
+                if time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    continue
                 raise BadUsage(
                     f"snapshot {name} is being made by another command: wait for it, or choose another name"
                 ) from e
@@ -492,11 +510,20 @@ def _is_locked(path: str) -> bool:
 
 
 def _remove_if_unlocked(lock_path: str) -> bool:
-    if _is_locked(lock_path):
+    """Remove a lock and what was made under it, while we hold it: whoever waits for it sees that it is gone."""
+    try:
+        fd = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_tree(lock_path.removesuffix(".lock") + ".partial")
+        with suppress(FileNotFoundError):
+            os.unlink(lock_path)
+    except BlockingIOError:
         return False
-    _remove_tree(lock_path.removesuffix(".lock") + ".partial")
-    with suppress(FileNotFoundError):
-        os.unlink(lock_path)
+    finally:
+        os.close(fd)
     return True
 
 
