@@ -88,7 +88,7 @@ def _sweep(repository: Repository, lease: Lease, pulled: set[str], *, only_look:
         try:
             newest, places = repository.newest_table(digest)
             used |= packs_of(places.values())
-            superseded |= {key for key, _ in store.list(f"places/{digest}/") if key < newest}
+            superseded |= {key for key, _ in store.list(f"places/{digest}.") if key < newest}
         except Damaged as e:
             if digest not in pulled:
                 doubt = f"{e}: packs are kept"
