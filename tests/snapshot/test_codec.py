@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotstart.snapshot.codec import IllFormedError, decode, encode, to_plain
-from hotstart.snapshot.manifest import File, HostFingerprint, Manifest, MemoryFile, NeededFile, Process, RecordedRestore
+from hotstart.snapshot.manifest import (
+    Chunk,
+    File,
+    HostFingerprint,
+    Manifest,
+    MemoryFile,
+    NeededFile,
+    Process,
+    RecordedRestore,
+)
 from hotstart.snapshot.warmup import Answer, Oracle, Request
 from hotstart.snapshot.worker import WorkerSpec
 from tests.samples import CHARACTERS, a_manifest, a_worker
@@ -17,7 +26,7 @@ _texts = st.lists(_text, max_size=3).map(tuple)
 _maps = st.dictionaries(_text, _text, max_size=3)
 _count = st.integers(0, (1 << 63) - 1)
 _seconds = st.floats(0, 1e6)
-_digests = st.lists(st.binary(min_size=32, max_size=32).map(bytes.hex), max_size=2).map(tuple)
+_chunks = st.lists(st.builds(Chunk, st.sampled_from(["00" * 32, "ff" * 32]), _count), max_size=3).map(tuple)
 
 workers = st.builds(
     WorkerSpec,
@@ -44,7 +53,7 @@ manifests = st.one_of(
     st.builds(lambda o: a_manifest(oracle=o), st.none() | oracles),
     st.builds(
         lambda f, m: a_manifest(files=f, memory=m),
-        st.lists(st.builds(File, _text, _count, _digests), max_size=3).map(tuple),
+        st.lists(st.builds(File, _text, _count, _chunks), max_size=3).map(tuple),
         st.lists(st.builds(MemoryFile, _text, _count, _count, _count, _text), max_size=3).map(tuple),
     ),
     st.builds(

@@ -125,8 +125,9 @@ class Repository:
         number = int(last) + 1 if last.isdecimal() else 0
         while not self.store.write(f"places/{digest}.{number:08}", table):
             number += 1
-        for key in former:
-            self.store.delete(key)
+        for key, _ in list(self.store.list(f"places/{digest}.")):  # of a push beside ours, too
+            if key < f"places/{digest}.{number:08}":
+                self.store.delete(key)
         return len(table)
 
     def cipher_for(self, sealing: Sealing) -> Cipher | None:
