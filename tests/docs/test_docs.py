@@ -19,7 +19,7 @@ from hotstart.adapters.linux import filepack
 from hotstart.cli.main import main
 from hotstart.restore.receipt import STAGES
 from hotstart.snapshot.manifest import FORMAT, FORMAT_MAJOR, FORMAT_MINOR
-from hotstart.store import content, packs
+from hotstart.store import content, packs, repository
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "hotstart"
@@ -264,11 +264,18 @@ def test_the_ports_and_what_implements_them_are_there():
 
 
 def test_the_records_are_as_long_as_the_code_makes_them():
-    for heading, record in (("Index", content._EXTENT), ("Places", packs._PLACE)):
+    for heading, record in (
+        ("Index", content._EXTENT),
+        ("Pack header", packs._HEADER),
+        ("Pack records", packs._RECORD),
+        ("Pack footer", packs._FOOTER),
+        ("Places: packs", packs._PACK),
+        ("Places: chunks", packs._PLACE),
+    ):
         table = [(int(at), int(length)) for at, length, _ in rows(section("docs/format.md", heading))]
         assert all(at + length == following for (at, length), (following, _) in pairwise(table))
         assert sum(table[-1]) == record.size
-        assert f"record of {record.size} bytes" in section("docs/format.md", heading)
+        assert f"{record.size} bytes" in section("docs/format.md", heading)
     table = rows(section("docs/format.md", "File pack"))
     assert int(table[-1][0]) == filepack._RECORD.size
     assert all(int(a[0]) + int(a[1]) == int(b[0]) for a, b in pairwise(table))
@@ -276,8 +283,15 @@ def test_the_records_are_as_long_as_the_code_makes_them():
 
 def test_magic_numbers_and_version_are_those_of_the_code():
     document = text_of("docs/format.md")
-    for magic in (content._INDEX_MAGIC, packs._PLACES_MAGIC, packs._MAGIC.rstrip(b"\0"), filepack.MAGIC):
-        assert f"`{magic.decode()}`" in document
+    for magic in (
+        content._INDEX_MAGIC,
+        packs._PLACES_MAGIC,
+        packs._MAGIC,
+        packs._END_MAGIC,
+        repository._SEALED_MAGIC,
+        filepack.MAGIC,
+    ):
+        assert f"`{magic.rstrip(bytes(1)).decode()}`" in document
     assert f"`{FORMAT}`" in document
     assert f"Version {FORMAT_MAJOR}.{FORMAT_MINOR}." in document
 
