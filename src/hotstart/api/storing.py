@@ -14,12 +14,14 @@ from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import start_ticks
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 from hotstart.snapshot.capture import REGIONS
+from hotstart.snapshot.sizes import parse_size
 from hotstart.store.archive import ArchiveStore
 from hotstart.store.collecting import collect, compact, snapshot_sizes
 from hotstart.store.comparing import Contents
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.encryption import key_source_from_environment
 from hotstart.store.eviction import Cached, choose_evictions
+from hotstart.store.failover import Failover
 from hotstart.store.leases import Holder, Leases
 from hotstart.store.local import LocalSnapshot, Progress, no_progress
 from hotstart.store.memory import MemoryStore
@@ -29,6 +31,7 @@ from hotstart.store.publishing import LocalSource, Source, StoredSource, publish
 from hotstart.store.pulling import pull, verify_stored
 from hotstart.store.repository import Repository
 from hotstart.store.signing import Keyring
+from hotstart.store.throttled import Throttled
 
 if TYPE_CHECKING:
     from hotstart.api.capturing import Progressing
@@ -51,6 +54,7 @@ class Stores:
         self.keyring = Keyring(os.path.join(hotstart.home, "keys"))
         self._folder = DirectoryStore(os.path.join(hotstart.home, "store"))
         self.home = self._repository(self._folder)
+        self._opened: dict[str, Repository] = {}
 
     def clear_leftovers(self) -> None:
         """Remove what killed commands left: half-written objects, pulls that nobody goes on with."""
@@ -63,7 +67,10 @@ class Stores:
             return self.home
         from hotstart.adapters.objects import open_store
 
-        return self._repository(open_store(url))
+        if url not in self._opened:
+            store, limit = open_store(url), os.environ.get("HOTSTART_BANDWIDTH")
+            self._opened[url] = self._repository(Throttled(store, parse_size(limit)) if limit else store)
+        return self._opened[url]
 
     def remotes(self) -> list[str]:
         """Return the URLs of HOTSTART_REMOTE."""
@@ -74,6 +81,11 @@ class Stores:
         yield self.home
         for url in self.remotes():
             yield self.at(url)
+
+    def reading_from(self, first: Repository) -> Repository:
+        """Return a repository that reads from `first`, and goes on with the other stores where that one fails."""
+        others = [repository.store for repository in self.all() if repository.store is not first.store]
+        return self._repository(Failover(first.store, *others), leases_in=first.store) if others else first
 
     def holding(self, name: str) -> Repository:
         """Return the first store that has a snapshot. Raises NotFound, or what kept us from asking."""
@@ -266,7 +278,7 @@ def lay_out(hotstart: Hotstart, name: str, progress: Progress = no_progress) -> 
     for repository in hotstart.store.all():
         try:
             if repository.has(name):
-                local = pull(name, repository, hotstart.snapshots, progress)
+                local = pull(name, hotstart.store.reading_from(repository), hotstart.snapshots, progress)
                 keep_quota(hotstart, keep=name)
                 return local
         except BadUsage:
@@ -385,7 +397,7 @@ def keep_quota(hotstart: Hotstart, keep: str = "", quota_bytes: int | None = Non
         text = os.environ.get("HOTSTART_CACHE_QUOTA")
         if not text:
             return []
-        quota_bytes = _bytes(text)
+        quota_bytes = parse_size(text)
     stored = set(hotstart.store.home.names())
     live = hotstart.folders.live_memory_ids()
     copies = []
@@ -402,11 +414,3 @@ def keep_quota(hotstart: Hotstart, keep: str = "", quota_bytes: int | None = Non
     if doomed:
         hotstart.sweep()
     return doomed
-
-
-def _bytes(text: str) -> int:
-    units = {"K": 10, "M": 20, "G": 30, "T": 40}
-    try:
-        return int(float(text[:-1]) * (1 << units[text[-1]])) if text[-1] in units else int(text)
-    except ValueError as e:
-        raise BadUsage(f"HOTSTART_CACHE_QUOTA is {text!r}: write it like 50G") from e

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from hotstart.snapshot.warmup import Request
     from hotstart.snapshot.worker import WorkerSpec
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _FEWEST_CPUS, _MOST_CPUS = 0.01, 1e6  # what the kernel takes: a quota of 1 ms in 100 ms, and more than any machine has
-_MOST_BYTES = 1 << 60
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,6 +159,7 @@ def worker_spec(options: argparse.Namespace, command: list[str]) -> WorkerSpec:
     """Make a worker's description of its options. Raises BadUsage."""
     from hotstart.adapters.criu.program import find_criu
     from hotstart.adapters.linux.host import host_folders_below_private
+    from hotstart.snapshot.sizes import parse_size
     from hotstart.snapshot.warmup import ready_request
     from hotstart.snapshot.worker import WorkerSpec
 
@@ -230,21 +229,6 @@ def is_utf8(text: str) -> bool:
         return bool(text.encode())
     except UnicodeEncodeError:
         return False
-
-
-def parse_size(text: str) -> int:
-    """Read bytes with an optional unit. Raises BadUsage.
-
-    >>> parse_size("1.5G")
-    1610612736
-    """
-    import re
-
-    found = re.fullmatch(r"(\d{1,18}(?:\.\d*)?|\.\d+)([KMGT]?)(?:iB|B)?", text, re.ASCII | re.IGNORECASE)
-    value = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
-    if not 0 < value <= _MOST_BYTES:
-        raise BadUsage(f"{text[:40]!r} is not a size: write it like 512M or 4G")
-    return value
 
 
 def read_warmup(path: str | None) -> list[Request]:

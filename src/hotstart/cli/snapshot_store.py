@@ -9,7 +9,6 @@ from hotstart.cli.common import (
     Parser,
     as_plain,
     open_hotstart,
-    parse_size,
     parser,
     print_json,
     print_table,
@@ -17,6 +16,7 @@ from hotstart.cli.common import (
     size,
 )
 from hotstart.errors import BadUsage
+from hotstart.snapshot.sizes import parse_size
 from hotstart.snapshot.worker import check_name
 
 
