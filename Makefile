@@ -9,7 +9,7 @@ TOOLS := .tools/bin
 NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
-.PHONY: help setup engine demo test test-long check lint format bench clean
+.PHONY: help setup engine demo test test-long check lint format bench bench-store clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +70,10 @@ format: .tools/.set-up ## rewrite the code as the formatter wants it
 bench: compiled ## cold start, plain CRIU and Hotstart for several sizes; out/bench
 	scripts/install-engine torch
 	$(BIN)/python bench/sizes.py
+
+bench-store: compiled ## chunking, compression, push and pull next to the device and other programs; out/bench
+	scripts/install-engine torch
+	$(BIN)/python bench/store.py
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .tools .engines out src/hotstart/native/bin .mypy_cache .pytest_cache .ruff_cache

@@ -235,6 +235,15 @@ def test_every_figure_of_a_benchmark_is_documented_and_no_other():
     assert set(comparing.ReplicaFigures.__struct_fields__) <= set(spans(section("docs/benchmarks.md", "Fields")))
 
 
+def test_every_figure_of_the_stores_benchmark_is_documented_and_no_other():
+    figures = runpy.run_path(str(ROOT / "bench" / "store.py"), run_name="bench")
+    table = rows(section("docs/benchmarks.md", "The store"))
+    assert {span for first, *_ in table for span in spans(first)} == set(figures["Figures"].__struct_fields__)
+    documented = {span for _, meaning in table for span in spans(meaning)}
+    for name in ("Cutting", "Compression", "Transfer"):
+        assert set(figures[name].__struct_fields__) <= documented, name
+
+
 def struct_of(kind: str) -> type:
     module, _, name = kind.rpartition(".")
     return getattr(importlib.import_module(f"hotstart.{module}"), name)
