@@ -2,8 +2,8 @@
 
     python bench/store.py [--gib 0.5] [--rounds 3] [SNAP [SNAP ...]]
 
-The first SNAP is stored; the others are compared with it, chunk by chunk. Without any, three of the PyTorch worker are taken: one,
-a second of the same process, one of another cold start. Writes out/bench/store.json and prints the tables; docs/benchmarks.md says
+The first SNAP is stored; the others are compared with it, chunk by chunk. Without any, four of the PyTorch worker are taken: one,
+a second of the same process, one of another cold start, one of a model half the size. Writes out/bench/store.json and prints the tables; docs/benchmarks.md says
 how it is measured and what the figures mean.
 """
 
@@ -86,6 +86,15 @@ class Transfer(Struct, frozen=True):
     all_seconds: list[float]
 
 
+class Addition(Struct, frozen=True):
+    """What a snapshot added to a store that had those before it: bytes, compressed and not; `logical_bytes` is what it is."""
+
+    snapshot: str
+    logical_bytes: int
+    added_bytes: int
+    added_uncompressed_bytes: int
+
+
 class Figures(Struct, frozen=True):
     """All of it."""
 
@@ -96,6 +105,7 @@ class Figures(Struct, frozen=True):
     cutting: list[Cutting]
     compression: list[Compression]
     transfers: list[Transfer]
+    additions: list[Addition]
 
 
 # ---- chunks
@@ -416,15 +426,16 @@ def _transfer(what: str, found: list[Run], total: int, runs: dict[str, list[Run]
 
 @contextmanager
 def taken(hotstart: Hotstart, gib: float) -> Iterator[list[str]]:
-    """Take three snapshots of the PyTorch worker: one, another of the same process, one of another cold start."""
+    """Take snapshots of the PyTorch worker: one, another of the same process, of another cold start, of another model."""
     from sizes import TORCH, worker
 
     prefix = f"store-{os.getpid()}"
-    names = [f"{prefix}-first", f"{prefix}-same-process", f"{prefix}-cold-start"]
+    names = [f"{prefix}-first", f"{prefix}-same-process", f"{prefix}-cold-start", f"{prefix}-other-model"]
     warmup = read_warmup(str(TORCH / "warmup.jsonl"))
     try:
-        for source, of in ((f"{prefix}-1", names[:2]), (f"{prefix}-2", names[2:])):
-            hotstart.run(source, worker(gib))
+        for i, (of, weights) in enumerate(((names[:2], gib), (names[2:3], gib), (names[3:], gib / 2))):
+            source = f"{prefix}-{i}"
+            hotstart.run(source, worker(weights))
             for name in of:
                 options = SnapshotOptions(warmup=warmup, keep=name != of[-1])
                 take_snapshot(hotstart, name, source, options, time.monotonic(), Progressing())
@@ -432,6 +443,22 @@ def taken(hotstart: Hotstart, gib: float) -> Iterator[list[str]]:
     finally:
         for name in set(names) & set(hotstart.snapshots.names()):
             hotstart.remove_snapshot(name)
+
+
+def measure_additions(locals_: list[LocalSnapshot]) -> list[Addition]:
+    """Store them one after another, with compression and without."""
+    plain, packed = (
+        Repository(MemoryStore(), Leases(MemoryStore(), Holder("", 0, 0), lambda _: False, time.time), codec=codec)
+        for codec in (partial(Codec, compress=False), Codec)
+    )
+    found = []
+    for local in locals_:
+        added = []
+        for repository in (packed, plain):
+            with LocalSource(local) as source:
+                added.append(publish(source, repository))
+        found.append(Addition(local.manifest.name, local.manifest.logical_bytes, *added))
+    return found
 
 
 def measure(hotstart: Hotstart, names: list[str], rounds: int) -> Figures:
@@ -458,7 +485,7 @@ def measure(hotstart: Hotstart, names: list[str], rounds: int) -> Figures:
         transfers = measure_transfers(hotstart, locals_[0], flat, work, rounds)
     finally:
         shutil.rmtree(work)
-    return Figures(names, CORES, total, blake3, cutting, compression, transfers)
+    return Figures(names, CORES, total, blake3, cutting, compression, transfers, measure_additions(locals_))
 
 
 def print_figures(figures: Figures) -> None:
@@ -500,6 +527,21 @@ def print_figures(figures: Figures) -> None:
                 ),
             )
             for c in figures.compression
+        ],
+    )
+    print()
+    print_table(
+        ("STORED ONE AFTER ANOTHER", "LOGICAL", "ADDED", "OF LOGICAL", "UNCOMPRESSED", "OF LOGICAL"),
+        [
+            (
+                a.snapshot,
+                size(a.logical_bytes),
+                size(a.added_bytes),
+                f"{a.added_bytes / a.logical_bytes:.1%}",
+                size(a.added_uncompressed_bytes),
+                f"{a.added_uncompressed_bytes / a.logical_bytes:.1%}",
+            )
+            for a in figures.additions
         ],
     )
     print()

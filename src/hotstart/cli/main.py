@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "doctor": ("doctor", "can this machine do it? each check, why it fails, what to do"),
     "run": ("run", "start a worker in its sandbox"),
-    "snapshot": ("snapshot", "create, ls, inspect, verify, rm: snapshots of warm workers"),
+    "snapshot": ("snapshot", "snapshots of warm workers: create, ls, inspect, push, pull, and more"),
     "restore": ("restore", "start replicas of a snapshot"),
     "plan": ("plan", "what a restore would do here, and how long it should take"),
     "receipt": ("receipt", "what a replica's restore did, stage by stage"),
