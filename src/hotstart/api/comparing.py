@@ -7,6 +7,7 @@ unless a name says otherwise; plain and mapped restores are interleaved, and med
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -108,8 +109,10 @@ def compare(
         warm = median(_ask(hotstart, name, worker, warmup[-1]) for _ in range(5))
         worker_bytes = hotstart.memory_bytes(name)["pss"]
         shared = SnapshotOptions(warmup=warmup, oracle_ignore=ignore, keep=True, fold=False)
+        os.sync()  # what is still being written back would slow the next one down
         plain_taken = take_snapshot(hotstart, plain, name, shared, time.monotonic(), progressing)
         mapped_options = SnapshotOptions(warmup=warmup, oracle_ignore=ignore)
+        os.sync()
         taken = take_snapshot(hotstart, mapped, name, mapped_options, time.monotonic(), progressing)
         if taken.fold_refused:
             raise HotstartError(f"the worker's memory could not be mapped: {taken.fold_refused}")
@@ -180,7 +183,6 @@ def _restore(hotstart: Hotstart, snapshot: str) -> _Round:
 
 
 def _restore_by_command(hotstart: Hotstart, snapshot: str) -> _Round:
-    import os
     import subprocess
 
     command = [sys.executable, "-m", "hotstart.cli.main", "restore", snapshot, "--json"]
