@@ -43,7 +43,7 @@ def memory_of(name, note=b""):
 
 
 def make_local(
-    home, name="llm-1", memory_id="00ff00ff00ff00ff", *, digested=True, regions=b"", **changes
+    home, name="llm-1", memory_id="00ff00ff00ff00ff", *, digested=True, regions=b"", note=b"", **changes
 ) -> LocalSnapshot:
     """Make a snapshot in a HOTSTART_HOME as a capture does: two images, a file pack, two memory files."""
     snapshots = LocalSnapshots(str(home))
@@ -63,7 +63,7 @@ def make_local(
         for i in range(2):
             memory_name = f"{memory_id}/ab-{i}.mem"
             path = os.path.join(snapshots.memory_root, memory_name)
-            write_sparse(path, memory_of(name, bytes([i + 1])), DATA_END + TAIL)
+            write_sparse(path, memory_of(name, note + bytes([i + 1])), DATA_END + TAIL)
             memory.append(MemoryFile(memory_name, DATA_END + TAIL, DATA_END, 0, ""))
         manifest = a_manifest(
             **{

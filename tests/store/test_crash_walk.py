@@ -1,13 +1,14 @@
 """Killed at every step of everything that writes: what was published stays complete, the next attempt succeeds, no garbage is left."""
 
 import os
+import random
 from contextlib import suppress
 
 import pytest
 
 from hotstart.errors import NotFound
 from hotstart.store import packs
-from hotstart.store.collecting import collect, unpublish
+from hotstart.store.collecting import collect, compact, unpublish
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.local import LocalSnapshots
 from hotstart.store.memory import MemoryStore
@@ -47,6 +48,18 @@ class Before:
             data[place.position] ^= 1
             damaged[f"packs/{place.pack}"] = bytes(data)
         self.damaged = damaged
+        # One whose only pack is mostly another's, who is gone.
+        store = MemoryStore()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packs, "PACK_BYTES", 64 << 20)
+            noise = random.Random(3).randbytes(500_000)
+            for local in (make_local(folder / "other", "gone", "eeee", note=noise), self.locals["llm-1"]):
+                push(local, repository(store, keyring=self.keyring))
+        unpublish(repository(store), "gone")
+        self.wasteful = objects_of(store)
+
+    def objects_before(self, operation):
+        return {"mend": self.damaged, "compact": self.wasteful}.get(operation, self.objects)
 
     def repository(self, store, **named):
         return repository(store, keyring=self.keyring, **named)
@@ -71,6 +84,11 @@ def do_unpublish(_before, repo):
     unpublish(repo, "llm-2")
 
 
+def do_compact(_before, repo):
+    compact(repo)
+    collect(repo)
+
+
 def do_mend(before, repo):
     with LocalSource(before.locals["llm-1"]) as source:
         mend(source, repo)
@@ -81,6 +99,7 @@ OPERATIONS = {
     "push": (do_push, {"llm-1", "llm-2"}, {"llm-1", "llm-2", "llm-3"}, False),
     "collect": (do_collect, {"llm-1", "llm-2"}, {"llm-1", "llm-2"}, False),
     "unpublish": (do_unpublish, {"llm-1"}, {"llm-1"}, False),
+    "compact": (do_compact, {"llm-1"}, {"llm-1"}, False),
     "mend": (do_mend, set(), {"llm-1", "llm-2"}, True),
 }
 
@@ -116,10 +135,10 @@ def check_after_death(before, repo, operation, folder):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_whoever_dies_at_any_operation_of_a_store_leaves_it_good(before, tmp_path, monkeypatch, operation, both):
     monkeypatch.setattr(packs, "PACK_BYTES", 100_000)
-    do, _, _, damaged = OPERATIONS[operation]
+    do = OPERATIONS[operation][0]
     deaths = 0
     for n, when in steps(both):
-        store = fill(MemoryStore(), before.damaged if damaged else before.objects)
+        store = fill(MemoryStore(), before.objects_before(operation))
         dying = DyingStore(store, n, when)
         try:
             do(before, before.repository(dying, pid=1, ended=()))
@@ -137,11 +156,11 @@ def test_a_process_that_is_killed_at_any_operation_of_a_folder_leaves_it_good(
     before, tmp_path, monkeypatch, operation, both
 ):
     monkeypatch.setattr(packs, "PACK_BYTES", 100_000)
-    do, _, _, damaged = OPERATIONS[operation]
+    do = OPERATIONS[operation][0]
     deaths = 0
     for n, when in steps(both):
         folder = tmp_path / f"{n}-{when}"
-        store = fill(DirectoryStore(str(folder / "store")), before.damaged if damaged else before.objects)
+        store = fill(DirectoryStore(str(folder / "store")), before.objects_before(operation))
         dying = DyingStore(store, n, when, lambda: os._exit(KILLED))
         if finishes(lambda dying=dying: do(before, before.repository(dying))):
             break
@@ -154,11 +173,11 @@ def test_a_process_that_is_killed_at_any_operation_of_a_folder_leaves_it_good(
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_process_that_is_killed_at_any_system_call_leaves_a_folder_good(before, tmp_path, monkeypatch, operation):
     monkeypatch.setattr(packs, "PACK_BYTES", 100_000)
-    do, _, _, damaged = OPERATIONS[operation]
+    do = OPERATIONS[operation][0]
     deaths = 0
     for n, when in steps(both=True):
         folder = tmp_path / f"{n}-{when}"
-        store = fill(DirectoryStore(str(folder / "store")), before.damaged if damaged else before.objects)
+        store = fill(DirectoryStore(str(folder / "store")), before.objects_before(operation))
         if finishes_unless_killed_at_call(n, when, lambda store=store: do(before, before.repository(store))):
             break
         deaths += 1
@@ -301,3 +320,15 @@ def test_a_removal_that_is_killed_at_any_system_call_is_finished_by_the_next_swe
             snapshots.open("llm-1").check()
         require_nothing_left(snapshots, snapshots.names())
     assert deaths > 8
+
+
+def test_what_is_compacted_takes_less_room_and_is_all_there(before):
+    repo = before.repository(fill(MemoryStore(), before.wasteful))
+    taken = sum(size for _, size in repo.store.list("packs/"))
+    do_compact(before, repo)
+    assert sum(size for _, size in repo.store.list("packs/")) < taken * 0.6
+    verify_stored(repo, "llm-1")
+    assert garbage_of(repo) == set()
+    left = objects_of(repo.store)
+    do_compact(before, repo)
+    assert objects_of(repo.store) == left

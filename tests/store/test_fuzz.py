@@ -12,7 +12,7 @@ import pytest
 
 from hotstart.errors import HotstartError
 from hotstart.store.archive import ArchiveStore
-from hotstart.store.collecting import collect
+from hotstart.store.collecting import collect, compact
 from hotstart.store.content import decode_index, digest_of
 from hotstart.store.local import LocalSnapshots
 from hotstart.store.memory import MemoryStore
@@ -21,10 +21,10 @@ from hotstart.store.packs import decode_places
 from hotstart.store.publishing import LocalSource, known_places
 from hotstart.store.pulling import pull, verify_stored
 from hotstart.store.signing import Keyring
-from tests.store.samples import contents_of, make_local, objects_of, push, repository
+from tests.store.samples import contents_of, make_local, objects_of, push, repository, tree_of
 
 SEED = int(os.environ.get("HOTSTART_FUZZ_SEED", "2026"))
-KEPT: list[tuple[str, int, int]] = []  # (what, seed, number) of mutations that once went wrong
+KEPT = [("manifests", 1, 1933)]  # (what, seed, number) of mutations that once went wrong
 MOST_S = 30.0
 
 
@@ -152,7 +152,7 @@ def fuzz(what, number, one):
             outcomes["right"] += 1
         except HotstartError as e:
             if "\n" in str(e) or not 10 < len(str(e)) < 400:
-                pytest.fail(f"({what!r}, {seed}, {n}): not one line: {e!r}")
+                pytest.fail(f"({what!r}, {seed}, {n}): not one line: {str(e)[:1000]!r}")
             outcomes[type(e).__name__] += 1
         except BaseException as e:
             pytest.fail(f"({what!r}, {seed}, {n}): {e!r}")
@@ -205,7 +205,7 @@ def test_manifests_that_are_what_their_digest_says(plain, number, tmp_path):
             {
                 f"manifests/{digest}": document,
                 f"places/{digest}.00000000": places,
-                f"signatures/{digest}/x": plain.keyring.signer().sign(digest).to_bytes(),
+                f"signatures/{digest}.x": plain.keyring.signer().sign(digest).to_bytes(),
                 "names/llm-1": digest.encode(),
             }
         )
@@ -337,11 +337,10 @@ def test_pulls_from_a_store(plain, number, tmp_path):
         try:
             assert contents_of(pull("llm-1", plain.repository(store), snapshots)) == plain.right
         finally:
-            names = snapshots.names()
+            assert snapshots.names() in ([], ["llm-1"])
             snapshots.remove("llm-1")
             snapshots.sweep(set)
-            assert not os.path.exists(snapshots.root) or os.listdir(snapshots.root) == []
-            assert names in ([], ["llm-1"])
+            assert tree_of(tmp_path) == set()
 
     fuzz("pulls", number, one)
 
@@ -352,7 +351,7 @@ def test_pushes_collections_and_mending_in_a_damaged_store(plain, number):
     keys, values = list(plain.objects), list(plain.objects.values())
 
     def one(chance):
-        what = chance.choice(["push", "mend", "collect"])
+        what = chance.choice(["push", "mend", "collect", "compact"])
         victim = chance.choice([key for key in keys if what != "push" or not key.startswith("packs/")])
         changes = {victim: mutated(plain.objects[victim], chance, values)}
         if what == "push" and chance.random() < 0.5:
@@ -361,11 +360,14 @@ def test_pushes_collections_and_mending_in_a_damaged_store(plain, number):
         if chance.random() < 0.3:
             store.write(f"leases/pull.{'a' * 16}.{plain.local.digest()}.{int(time.time()) - 1000}", chance.randbytes(9))
         repo = plain.repository(store)
-        if what == "collect":
+        if what in ("collect", "compact"):
+            compact(repo) if what == "compact" else None
             collect(repo)
-            if victim.startswith("names/"):  # which may lead to nothing now: then whatever it led to is garbage
-                return
-            assert {k for k in plain.objects if k != victim} <= set(objects_of(store)) | {victim}
+            if not victim.startswith("names/"):  # which may lead to nothing now: then whatever it led to is garbage
+                store.delete(victim)
+                store.write(victim, plain.objects[victim])
+                for name in ("llm-1", "llm-2"):
+                    verify_stored(repo, name)
             return
         with LocalSource(plain.local) as source:
             if what == "mend":

@@ -537,7 +537,7 @@ def test_a_manifest_that_is_not_what_its_digest_says_is_never_read(home, repo, s
 def test_a_name_that_leads_to_a_snapshot_of_another_name_is_damaged(home, repo, store):
     push(make_local(home), repo)
     store.write("names/other", store.read("names/llm-1"))
-    with pytest.raises(Damaged, match="the store's name other leads to snapshot llm-1"):
+    with pytest.raises(Damaged, match="the store's name other leads to snapshot 'llm-1'"):
         repo.find("other")
 
 

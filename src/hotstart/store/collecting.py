@@ -53,8 +53,10 @@ def compact(repository: Repository, progress: Progress = no_progress) -> int:
     """
     with pushing(repository) as lease:
         tables = {}
-        for digest in {repository.digest_named(name) for name in repository.names()}:
-            tables[digest] = repository.places_of(digest)
+        for name in repository.names():
+            with suppress(NotFound, Damaged):  # removed beside us; or a collection keeps every pack until it is mended
+                digest = repository.digest_named(name)
+                tables[digest] = repository.places_of(digest)
         used: dict[str, Place] = {}
         for table in tables.values():
             used |= table

@@ -227,7 +227,9 @@ class LocalSnapshots:
             raise NotFound(f"no snapshot {name}: `hotstart snapshot ls` lists them") from e
         manifest = parse_manifest(data)
         if manifest.name != name:
-            raise Damaged(f"the folder of snapshot {name} holds the manifest of {manifest.name}: {_advice(name)}")
+            raise Damaged(
+                f"the folder of snapshot {name} holds the manifest of {manifest.name[:80]!r}: {_advice(name)}"
+            )
         return LocalSnapshot(folder, self.memory_root, manifest, data)
 
     def begin(self, name: str) -> PartialSnapshot:

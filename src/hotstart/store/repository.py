@@ -86,7 +86,7 @@ class Repository:
             self.keyring.check(digest, self.signatures(digest).values())
         manifest = parse_manifest(document)
         if manifest.name != name:
-            raise Damaged(f"the store's name {name} leads to snapshot {manifest.name}")
+            raise Damaged(f"the store's name {name} leads to snapshot {manifest.name[:80]!r}")
         return Published(digest, document, manifest)
 
     def signatures(self, digest: str) -> dict[str, bytes]:
@@ -181,7 +181,7 @@ class Repository:
         files = {f.path: f for f in manifest.files}
         for memory in manifest.memory:
             if memory.index not in files:
-                raise Damaged(f"memory file {memory.name} has no index")
+                raise Damaged(f"memory file {memory.name[:80]!r} has no index")
             index = b"".join(self.read_chunk(c.digest, places) for c in files[memory.index].chunks)
             found[memory.name] = decode_index(index, memory.data_end)
         return found
