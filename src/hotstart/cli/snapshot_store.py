@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 from hotstart.cli.common import (
     Parser,
@@ -55,7 +56,7 @@ def push_rest_in_background() -> None:
     if os.geteuid() != 0:
         return
     for name in unstored(open_hotstart()):
-        subprocess.Popen(
+        pusher = subprocess.Popen(
             [sys.executable, "-m", "hotstart.cli.main", "snapshot", "push", name, "--json"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -64,6 +65,8 @@ def push_rest_in_background() -> None:
             cwd="/",
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
+        with suppress(OSError):  # replicas that answer come first
+            os.sched_setscheduler(pusher.pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _pull(arguments: list[str]) -> int:
