@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from msgspec import Struct, structs
@@ -17,7 +17,7 @@ from hotstart.adapters.linux.host import host_fingerprint, needed_files
 from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import memory_bytes, tree
 from hotstart.api.starting import StartingWorker, write_identity
-from hotstart.errors import BadUsage, HotstartError
+from hotstart.errors import BadUsage, HotstartError, NotFound
 from hotstart.snapshot.capture import REGIONS, Captured, Source, capture
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process, RecordedRestore
@@ -118,8 +118,9 @@ def take_snapshot(
         local, captured = _capture(hotstart_, partial, name, state, oracle, options)
         usable = time.monotonic()
         hotstart_.keep_kdat(state.init_pid)
+        trial = f"{name[:50]}-trial-{os.urandom(3).hex()}"
         try:
-            local = _try_and_record(hotstart_, local, progressing)
+            local = _try_and_record(hotstart_, local, trial, progressing)
             tried = time.monotonic()
             stored = None
             if options.wait_stored:
@@ -128,6 +129,8 @@ def take_snapshot(
                 progressing.stage("storing")
                 stored = push_snapshot(hotstart_, name, None, progressing)
         except BaseException:
+            with suppress(NotFound):  # interrupted while it was being ended
+                hotstart_.remove(trial, force=True)
             hotstart_.remove_snapshot(name)
             raise
         write_identity(state.init_pid, state.name, "worker")
@@ -236,13 +239,13 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) 
     return [structs.replace(known[name], index="") for name in sorted(mapped)]
 
 
-def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, progressing: Progressing) -> LocalSnapshot:
+def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progressing: Progressing) -> LocalSnapshot:
     """Digest the memory, then restore once: what is kept is known to work, and how long it takes."""
     progressing.stage("digesting")
     local.digest_memory(populate, progressing.measured(local.manifest.data_bytes))
     progressing.stage("trying it")
-    (replica,) = hotstart_.restore(local.manifest.name)
-    hotstart_.remove(replica.name, force=True)
+    (replica,) = hotstart_.restore(local.manifest.name, name=trial)
+    hotstart_.remove(trial, force=True)
     receipt, former = replica.receipt, local.digest()
     recorded = RecordedRestore(receipt.resumed_s, receipt.first_answer_s)
     local.replace_manifest(structs.replace(local.manifest, recorded=recorded), former)
