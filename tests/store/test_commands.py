@@ -220,3 +220,18 @@ def test_a_snapshot_of_another_name_there_is_never_replaced(machine, another, lo
     make_local(another.home, root_pid=1001)
     assert "names are immutable" in another.hotstart("push", "llm-1", shared, code=2)
     assert machine.json("push", "llm-1", shared)["stored_bytes"] == 0
+
+
+def test_a_quota_never_gives_up_the_only_copy_that_can_be_reached(machine, another, local, tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    machine.hotstart("push", "llm-1", shared)
+    (another.home / "keys").mkdir(parents=True)
+    (another.home / "keys" / "policy").write_text("optional\n")
+    another.hotstart("pull", "llm-1", shared)
+    assert another.json("gc", "--quota", "1K")["evicted"] == []  # nothing says where it came from
+    monkeypatch.setenv("HOTSTART_REMOTE", str(tmp_path / "empty"))
+    assert another.json("gc", "--quota", "1K")["evicted"] == []
+    assert another.snapshots.names() == ["llm-1"]
+    monkeypatch.setenv("HOTSTART_REMOTE", str(shared))
+    assert another.json("gc", "--quota", "1K")["evicted"] == ["llm-1"]
+    assert another.snapshots.names() == []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from msgspec import Struct, json
+from msgspec import Struct, json, structs
 
 from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import start_ticks
@@ -398,7 +398,6 @@ def keep_quota(hotstart: Hotstart, keep: str = "", quota_bytes: int | None = Non
         if not text:
             return []
         quota_bytes = parse_size(text)
-    stored = set(hotstart.store.home.names())
     live = hotstart.folders.live_memory_ids()
     copies = []
     for name in hotstart.snapshots.names():
@@ -406,11 +405,24 @@ def keep_quota(hotstart: Hotstart, keep: str = "", quota_bytes: int | None = Non
             local = hotstart.snapshots.open(name)
             used = any(m.name.partition("/")[0] in live for m in local.manifest.memory)
             uses, idle_s = local.uses()
-            pinned = used or name == keep or not (name in stored or local.pulled)
+            pinned = used or name == keep
             copies.append(Cached(name, local.disk_bytes(), uses, idle_s, pinned))
+    if sum(c.size_bytes for c in copies) <= quota_bytes:
+        return []
+    # Asked now, not remembered: a store that it once came from may have lost it, or be out of reach.
+    copies = [structs.replace(c, pinned=c.pinned or not _is_elsewhere(hotstart, c.name)) for c in copies]
     doomed = choose_evictions(copies, quota_bytes)
     for name in doomed:
         hotstart.snapshots.remove(name)
     if doomed:
         hotstart.sweep()
     return doomed
+
+
+def _is_elsewhere(hotstart: Hotstart, name: str) -> bool:
+    """Say whether a store that we know has this very snapshot."""
+    try:
+        digest = hotstart.snapshots.open(name).digest()
+        return hotstart.store.holding(name).find(name).digest == digest
+    except HotstartError:
+        return False

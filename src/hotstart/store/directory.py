@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from hotstart.errors import HotstartError
+from hotstart.store.durable import sync
 from hotstart.store.port import Bytes, Missing, check_key
 
 _ASIDE = ".aside"
@@ -68,7 +69,7 @@ class DirectoryStore:
         finally:
             with suppress(OSError):  # not there, or what failed above
                 os.unlink(aside)
-        _sync_folder(os.path.dirname(path))
+        sync(os.path.dirname(path))
         return True
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
@@ -148,11 +149,3 @@ def _write_block(fd: int, block: memoryview, at: int) -> None:
 
 def _up_to_page(length: int) -> int:
     return -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _sync_folder(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

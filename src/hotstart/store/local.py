@@ -18,6 +18,7 @@ from msgspec import MsgspecError, Struct, json, structs
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
 from hotstart.snapshot.manifest import Chunk, File, Manifest, MemoryFile, parse_manifest
 from hotstart.store.content import LEAST_CHUNK_BYTES, Extent, cut, decode_index, digest_of, encode_index
+from hotstart.store.durable import sync, write_durably
 
 MANIFEST = "manifest.json"
 SEALS = "seals.json"
@@ -192,7 +193,7 @@ class LocalSnapshot(Struct):
             files.append(describe_file(self.folder, index))
             memories.append(structs.replace(memory, index=index, data_bytes=sum(e.length for e in extents)))
         for file in files:
-            _sync(self.path(file.path))
+            sync(self.path(file.path))
         self.replace_manifest(structs.replace(self.manifest, files=tuple(files), memory=tuple(memories)), former)
 
     def replace_manifest(self, manifest: Manifest, former_digest: str) -> None:
@@ -485,7 +486,7 @@ def _publish(root: str, memory_root: str, folder: str, manifest: Manifest, docum
         os.rename(folder, path)
     except OSError as e:
         raise BadUsage(f"there is a snapshot {manifest.name} already: choose another name") from e
-    _sync(root)
+    sync(root)
     return LocalSnapshot(path, memory_root, manifest, document)
 
 
@@ -495,36 +496,38 @@ def _remove_tree(path: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_locked(path: str) -> bool:
+@contextmanager
+def _held(lock_path: str) -> Iterator[bool]:
+    """Hold a lock, or find out that another does (False); one that is not there is held."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return False
+        yield True
+        return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
     except BlockingIOError:
-        return True
+        held = False
+    try:
+        yield held
     finally:
         os.close(fd)
-    return False
+
+
+def _is_locked(lock_path: str) -> bool:
+    with _held(lock_path) as held:
+        return not held
 
 
 def _remove_if_unlocked(lock_path: str) -> bool:
     """Remove a lock and what was made under it, while we hold it: whoever waits for it sees that it is gone."""
-    try:
-        fd = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove_tree(lock_path.removesuffix(".lock") + ".partial")
-        with suppress(FileNotFoundError):
-            os.unlink(lock_path)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True
+    with _held(lock_path) as held:
+        if held:
+            _remove_tree(lock_path.removesuffix(".lock") + ".partial")
+            with suppress(FileNotFoundError):
+                os.unlink(lock_path)
+        return held
 
 
 def _identity(path: str) -> list[int] | None:
@@ -611,24 +614,6 @@ def _is_zero(fd: int, start: int, end: int) -> bool:
             if data != bytes(len(data)):
                 return False
     return True
-
-
-def write_durably(path: str, data: bytes) -> None:
-    """Replace a file's contents, all or nothing."""
-    aside = f"{path}.aside"
-    with open(aside, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-
-
-def _sync(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextmanager

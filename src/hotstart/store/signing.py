@@ -19,6 +19,7 @@ from msgspec import Struct
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 from hotstart.snapshot import codec
 from hotstart.store.content import digest_of
+from hotstart.store.durable import sync, write_durably
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -193,7 +194,7 @@ class Keyring:
             found = [path for path, trusted in self._trusted_files() if which in (trusted.key, key_id(trusted.key))]
             for path in found:
                 os.unlink(path)
-                _sync(self._trusted)
+                sync(self._trusted)
         if found:
             return
         own = self.own()
@@ -287,21 +288,6 @@ def _read_trusted(path: str) -> TrustedKey:
 
 
 def _write(path: str, data: bytes) -> None:
-    """Replace a file's contents, all or nothing, for its owner's eyes. The caller holds the lock: one aside is enough."""
-    aside = f"{path}.aside"
-    with suppress(FileNotFoundError):
-        os.unlink(aside)  # of somebody who was killed, with a mode that we do not know
-    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-    _sync(os.path.dirname(path))
-
-
-def _sync(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Replace a file's contents, for its owner's eyes. The caller holds the lock."""
+    write_durably(path, data, 0o600)
+    sync(os.path.dirname(path))

@@ -1,0 +1,27 @@
+"""Writing files so that they survive a loss of power: all of a file, or what was there before."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+
+def write_durably(path: str, data: bytes, mode: int = 0o644) -> None:
+    """Replace a file's contents, all or nothing. Two who write one path at once need a lock."""
+    aside = f"{path}.aside"
+    with suppress(FileNotFoundError):
+        os.unlink(aside)  # of somebody who was killed, with a mode that we do not know
+    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def sync(path: str) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
