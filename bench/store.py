@@ -33,9 +33,10 @@ from hotstart.api.capturing import Progressing, SnapshotOptions, take_snapshot
 from hotstart.cli.common import print_table, read_warmup, size
 from hotstart.store import content
 from hotstart.store.content import PAGE_BYTES, cut, digest_of
+from hotstart.store.digesting import data_spans
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.leases import Holder, Leases
-from hotstart.store.local import LocalSnapshot, LocalSnapshots, data_spans
+from hotstart.store.local import LocalSnapshot, LocalSnapshots
 from hotstart.store.memory import MemoryStore
 from hotstart.store.packs import Codec
 from hotstart.store.publishing import LocalSource, publish

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from hotstart.snapshot.manifest import Chunk, File, Manifest, MemoryFile, Process
 from hotstart.store.content import digest_of
+from hotstart.store.digesting import data_spans, describe_file, no_progress
 from hotstart.store.leases import Holder, Leases
-from hotstart.store.local import LocalSnapshot, LocalSnapshots, data_spans, describe_file, no_progress
+from hotstart.store.local import LocalSnapshot, LocalSnapshots
 from hotstart.store.packs import Codec, Encoded, Pack, Place, encode_places, packs_of
 from hotstart.store.publishing import LocalSource, publish
 from hotstart.store.repository import Repository

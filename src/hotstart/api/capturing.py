@@ -24,7 +24,8 @@ from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process, Reco
 from hotstart.snapshot.secrets import secret_names
 from hotstart.snapshot.warmup import Oracle, Request
 from hotstart.snapshot.worker import WorkerSpec
-from hotstart.store.local import LocalSnapshot, PartialSnapshot, Progress, describe_file, no_progress
+from hotstart.store.digesting import Progress, describe_file, no_progress
+from hotstart.store.local import LocalSnapshot, PartialSnapshot
 
 if TYPE_CHECKING:
     from hotstart.adapters.linux.runfolder import SandboxState

@@ -25,7 +25,8 @@ from hotstart.restore.receipt import Span
 from hotstart.snapshot.manifest import Manifest
 from hotstart.snapshot.warmup import Oracle, Request, ready_request
 from hotstart.snapshot.worker import PRIVATE_FOLDERS, SUPPORT_FOLDER, WorkerSpec, check_name
-from hotstart.store.local import LocalSnapshot, LocalSnapshots, Progress, no_progress
+from hotstart.store.digesting import Progress, no_progress
+from hotstart.store.local import LocalSnapshot, LocalSnapshots
 
 if TYPE_CHECKING:
     from hotstart.api.capturing import Progressing, SnapshotOptions, SnapshotTaken

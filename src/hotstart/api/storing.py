@@ -18,12 +18,13 @@ from hotstart.snapshot.sizes import parse_size
 from hotstart.store.archive import ArchiveStore
 from hotstart.store.collecting import collect, compact, snapshot_sizes
 from hotstart.store.comparing import Contents
+from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.encryption import key_source_from_environment
 from hotstart.store.eviction import Cached, choose_evictions
 from hotstart.store.failover import Failover
 from hotstart.store.leases import Holder, Leases
-from hotstart.store.local import LocalSnapshot, Progress, no_progress
+from hotstart.store.local import LocalSnapshot
 from hotstart.store.memory import MemoryStore
 from hotstart.store.mending import mend
 from hotstart.store.port import Store

@@ -7,7 +7,7 @@ import time
 
 from hotstart.api.capturing import Progressing
 from hotstart.cli.common import seconds, size
-from hotstart.store.local import Progress
+from hotstart.store.digesting import Progress
 
 _WIDTH = 28
 _EVERY_S = 0.1

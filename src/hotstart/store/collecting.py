@@ -11,8 +11,8 @@ from functools import partial
 from msgspec import Struct
 
 from hotstart.errors import Damaged, NotFound
+from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.leases import COLLECT, PULL, Lease
-from hotstart.store.local import Progress, no_progress
 from hotstart.store.packs import Place, packs_of
 from hotstart.store.publishing import Piece, pushing, store_pieces
 from hotstart.store.repository import Repository

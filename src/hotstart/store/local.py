@@ -16,8 +16,18 @@ from contextlib import contextmanager, suppress
 from msgspec import MsgspecError, Struct, json, structs
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
-from hotstart.snapshot.manifest import Chunk, File, Manifest, MemoryFile, parse_manifest
-from hotstart.store.content import LEAST_CHUNK_BYTES, Extent, cut, decode_index, digest_of, encode_index
+from hotstart.snapshot.manifest import File, Manifest, MemoryFile, parse_manifest
+from hotstart.store.content import Extent, decode_index, digest_of, encode_index
+from hotstart.store.digesting import (
+    Progress,
+    data_spans,
+    describe_file,
+    digest_spans,
+    has_chunks,
+    is_zero,
+    mapped,
+    no_progress,
+)
 from hotstart.store.durable import sync, write_durably
 
 MANIFEST = "manifest.json"
@@ -26,14 +36,8 @@ MAKING, STORING = ".lock", ".storing"
 USES = ".uses"
 PULLED = ".pulled"
 _PULL_IS_KEPT_S = 86400.0
-_READ_BYTES = 8 << 20
 _SWEEP_HOLDS_S = 0.1  # how long a sweep may hold a lock, to see that nobody does
-Progress = Callable[[int], None]
 Populate = Callable[[mmap.mmap, list[tuple[int, int]]], None]
-
-
-def no_progress(_bytes: int) -> None:
-    """Report to nobody."""
 
 
 class LocalSnapshot(Struct):
@@ -143,7 +147,7 @@ class LocalSnapshot(Struct):
     def _verify_file(self, file: File) -> None:
         try:
             with open(self.path(file.path), "rb") as f:
-                good = os.fstat(f.fileno()).st_size == file.size_bytes and _has_chunks(f.fileno(), file.chunks)
+                good = os.fstat(f.fileno()).st_size == file.size_bytes and has_chunks(f.fileno(), file.chunks)
         except OSError:
             good = False
         if not good:
@@ -164,12 +168,12 @@ class LocalSnapshot(Struct):
                     raise problem
                 for extent in self.extents(memory):
                     data = os.pread(fd, extent.length, extent.offset)
-                    if not _is_zero(fd, at, extent.offset) or digest_of(data) != extent.digest:
+                    if not is_zero(fd, at, extent.offset) or digest_of(data) != extent.digest:
                         raise problem
                     progress(extent.length)
                     at = extent.offset + extent.length
                 # The tail, too: an area that is grown shows it.
-                if not _is_zero(fd, at, memory.size_bytes):
+                if not is_zero(fd, at, memory.size_bytes):
                     raise problem
         except OSError as e:
             raise problem from e
@@ -183,7 +187,7 @@ class LocalSnapshot(Struct):
         files, memories = list(self.manifest.files), []
         for i, memory in enumerate(self.manifest.memory):
             index = f"memory-{i}.index"
-            with open(self.memory_path(memory.name), "rb") as f, _mapped(f.fileno(), memory.data_end) as data:
+            with open(self.memory_path(memory.name), "rb") as f, mapped(f.fileno(), memory.data_end) as data:
                 spans = data_spans(f.fileno(), memory.data_end)
                 populate(data, spans)
                 extents = digest_spans(data, spans, progress)
@@ -540,87 +544,3 @@ def _identity(path: str) -> list[int] | None:
 
 def _advice(name: str) -> str:
     return f"`hotstart snapshot verify --repair {name}` mends it from the store, if that has a good copy"
-
-
-def digest_spans(data: mmap.mmap, spans: list[tuple[int, int]], progress: Progress) -> list[Extent]:
-    """Cut spans of a mapped memory file into chunks and digest them, with a thread per core."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    view = memoryview(data)
-    cores = os.cpu_count() or 1
-
-    def digest(batch: list[tuple[int, int]]) -> list[Extent]:
-        extents = [Extent(at, length, digest_of(view[at : at + length])) for at, length in batch]
-        progress(sum(length for _, length in batch))
-        return extents
-
-    extents: list[Extent] = []
-    with ThreadPoolExecutor(cores) as threads:
-        for start, length in spans:
-            pieces = list(cut(view, start, length))
-            batches = [pieces[i : i + 64] for i in range(0, len(pieces), 64)]
-            for found in threads.map(digest, batches):
-                extents += found
-    return extents
-
-
-def _has_chunks(fd: int, chunks: tuple[Chunk, ...]) -> bool:
-    at = 0
-    for chunk in chunks:
-        data = os.pread(fd, chunk.length, at)
-        if len(data) != chunk.length or digest_of(data) != chunk.digest:
-            return False
-        at += chunk.length
-    return at == os.fstat(fd).st_size
-
-
-def describe_file(folder: str, path: str) -> File:
-    """Cut a file of a snapshot into chunks and digest them."""
-    with open(os.path.join(folder, path), "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        if not size:
-            return File(path, 0, ())
-        if size <= LEAST_CHUNK_BYTES:
-            data = f.read()
-            return File(path, size, (Chunk(digest_of(data), size),))
-        with _mapped(f.fileno(), size) as mapped:
-            view = memoryview(mapped)
-            pieces = list(cut(view, 0, size, keep_zeros=True))
-            return File(path, size, tuple(Chunk(digest_of(view[at : at + n]), n) for at, n in pieces))
-
-
-def data_spans(fd: int, end: int, start: int = 0) -> list[tuple[int, int]]:
-    """(offset, length) of what is not a hole between two offsets of a file."""
-    spans = []
-    at = start
-    while at < end:
-        try:
-            at = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole follows
-            break
-        if at >= end:
-            break
-        hole = min(os.lseek(fd, at, os.SEEK_HOLE), end)
-        spans.append((at, hole - at))
-        at = hole
-    return spans
-
-
-def _is_zero(fd: int, start: int, end: int) -> bool:
-    """Say whether a span of a file reads as zeros; holes are not looked at."""
-    for at, length in data_spans(fd, end, start):
-        for offset in range(at, at + length, _READ_BYTES):
-            data = os.pread(fd, min(_READ_BYTES, at + length - offset), offset)
-            if data != bytes(len(data)):
-                return False
-    return True
-
-
-@contextmanager
-def _mapped(fd: int, length: int) -> Iterator[mmap.mmap]:
-    data = mmap.mmap(fd, length, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
-    try:
-        yield data
-    finally:
-        with suppress(BufferError):  # views of it are still held, as after an interrupt; it goes with the last of them
-            data.close()

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from hotstart.errors import BadUsage, Damaged, NotFound, Refused
 from hotstart.store.content import digest_of
-from hotstart.store.local import Progress, no_progress
+from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.packs import Place
 from hotstart.store.publishing import Source, known_places, pushing, sign, store_pieces, write_manifest
 from hotstart.store.pulling import damaged_chunks

@@ -21,8 +21,9 @@ from msgspec import Struct
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 from hotstart.snapshot.manifest import Manifest
 from hotstart.store.content import digest_of
+from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.leases import COLLECT, PUSH, Lease
-from hotstart.store.local import LocalSnapshot, Progress, no_progress
+from hotstart.store.local import LocalSnapshot
 from hotstart.store.packs import PACK_BYTES, Encoded, Pack, Place, packs_of, read_pack_table
 from hotstart.store.port import Bytes, Missing
 from hotstart.store.repository import Published, Repository

@@ -15,8 +15,9 @@ from msgspec import Struct
 from hotstart.errors import Damaged, HotstartError
 from hotstart.snapshot.manifest import Manifest, MemoryFile
 from hotstart.store.content import Extent, decode_index, digest_of
+from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.leases import PULL, Lease
-from hotstart.store.local import LocalSnapshot, LocalSnapshots, PartialPull, Progress, no_progress
+from hotstart.store.local import LocalSnapshot, LocalSnapshots, PartialPull
 from hotstart.store.packs import Place
 from hotstart.store.port import Missing
 from hotstart.store.repository import Published, Repository
