@@ -17,6 +17,7 @@ WARNINGS = ["-O2", "-g", "-Wall", "-Wextra", "-Werror"]
 PROGRAMS = {
     "hotstart-init": ["init.c", "-static"],
     "hotstart-fold": ["fold.c", "-static", "-pthread"],
+    "hotstart-prefetch": ["prefetch.c", "-static", "-pthread"],
     "libhotstart-shim.so": ["shim.c", "-fPIC", "-shared"],
 }
 X86_ONLY = {"hotstart-fold"}  # elsewhere snapshots are taken with a plain dump

@@ -66,6 +66,7 @@ def a_manifest(**changes: object) -> Manifest:
             Answer(200, b'{"id":1,"text":"\xc3\xa9"}'),
             ("id", "created"),
         ),
-        "recorded": RecordedRestore(0.031, 0.125),
+        "recorded": RecordedRestore(0.031, 0.125, 0.1),
+        "working_set": "working-set.json",
     }
     return Manifest(**{**fields, **changes})

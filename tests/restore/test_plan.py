@@ -3,7 +3,7 @@
 import pytest
 from msgspec import structs
 
-from hotstart.restore.plan import FileFact, NodeFacts, make_plan, refusals
+from hotstart.restore.plan import ColdRestore, FileFact, NodeFacts, WorkingSetFacts, make_plan, refusals
 from hotstart.snapshot.manifest import MemoryFile, NeededFile, Process, RecordedRestore
 from tests.samples import HOST, LIBRARY, a_manifest
 
@@ -166,6 +166,64 @@ def test_what_was_never_recorded_is_not_predicted():
     assert (plan.predicted_resumed_s, plan.predicted_first_answer_s) == (None, None)
     plan = make_plan(a_manifest(recorded=RecordedRestore(0.031, None)), a_node())
     assert (plan.predicted_resumed_s, plan.predicted_first_answer_s) == (0.031, None)
+
+
+def test_more_replicas_than_cores_wait_for_the_cores():
+    one, many = (make_plan(a_manifest(), a_node(cores=2), replicas) for replicas in (1, 16))
+    assert (one.predicted_resumed_s, one.predicted_first_answer_s) == (0.031, 0.125)
+    assert many.predicted_resumed_s == pytest.approx(0.031 * 8)
+    assert many.predicted_first_answer_s == pytest.approx(0.1 * 16 / 2)
+
+
+# ---- the working set
+
+
+def cold(missing=600 * MIB, history=(), **changes):
+    return a_node(
+        resident={MEMORY: 0},
+        read_bandwidth=300.0 * MIB,
+        working_set=WorkingSetFacts(900 * MIB, missing, tuple(history)),
+        **changes,
+    )
+
+
+def took(prefetched, times_the_disk, missing=600 * MIB):
+    return ColdRestore(prefetched, missing, times_the_disk * missing / (300 * MIB))
+
+
+def test_what_the_page_cache_lacks_of_the_working_set_is_read_ahead_and_only_that_is_waited_for():
+    plan = make_plan(a_manifest(), cold())
+    assert plan.prefetch
+    assert (plan.working_set_bytes, plan.working_set_missing) == (900 * MIB, 600 * MIB)
+    assert plan.predicted_first_answer_s == pytest.approx(0.125 + 2.0)
+
+
+def test_nothing_is_read_ahead_where_it_is_there_or_where_nobody_knows_what():
+    assert not make_plan(a_manifest(), a_node()).prefetch
+    assert "is in the page cache" in make_plan(a_manifest(), cold(missing=0)).prefetch_reason
+    assert "`hotstart snapshot record`" in make_plan(a_manifest(), a_node()).prefetch_reason
+
+
+@pytest.mark.parametrize(
+    ("history", "prefetch"),
+    [
+        ([], True),
+        ([took(True, 1.2)], True),
+        ([took(True, 5.0)], False),  # suspicious: page faults get their chance
+        ([took(True, 5.0), took(False, 3.0)], False),
+        ([took(True, 5.0), took(False, 6.0)], True),
+        ([took(True, 5.0), took(True, 1.0), took(True, 1.1), took(False, 0.9)], True),
+        ([took(True, 5.0, missing=MIB)], True),  # so few bytes say nothing
+    ],
+)
+def test_reading_ahead_is_given_up_where_it_measured_slower(history, prefetch):
+    assert make_plan(a_manifest(), cold(history=history)).prefetch is prefetch
+
+
+def test_the_rest_follows_only_where_memory_is_plentiful():
+    assert make_plan(a_manifest(), cold()).read_ahead
+    assert not make_plan(a_manifest(), cold(free_memory_bytes=23 * MIB)).read_ahead
+    assert not make_plan(a_manifest(), cold(missing=0)).read_ahead
 
 
 def test_a_snapshot_that_is_only_in_the_store_says_so():

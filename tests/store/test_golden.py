@@ -1,4 +1,4 @@
-"""Stores of format 1.0 are read by every Hotstart that reads 1.x: golden files, made once (tests/store/golden.py)."""
+"""Stores of format 1.x are read by every Hotstart that reads 1.x: golden files, made once (tests/store/golden.py)."""
 
 from pathlib import Path
 
@@ -46,17 +46,18 @@ def require_right(repo, home):
     assert files == golden.FILES
 
 
-def test_a_store_of_format_1_0_is_read(tmp_path, keyring):
-    require_right(opened(folder("good"), keyring), tmp_path)
+@pytest.mark.parametrize("name", ["good-1.0", "good"])
+def test_a_store_of_format_1_is_read(tmp_path, keyring, name):
+    require_right(opened(folder(name), keyring), tmp_path)
 
 
-def test_an_encrypted_store_of_format_1_0_is_read_with_its_key_and_refused_without(tmp_path, keyring):
+def test_an_encrypted_store_of_format_1_is_read_with_its_key_and_refused_without(tmp_path, keyring):
     require_right(opened(folder("encrypted"), keyring, lambda: golden.KEY), tmp_path / "with")
     with pytest.raises(Refused, match="it is encrypted"):
         laid_out(opened(folder("encrypted"), keyring), tmp_path / "without")
 
 
-def test_an_exported_snapshot_of_format_1_0_is_read(tmp_path, keyring):
+def test_an_exported_snapshot_of_format_1_is_read(tmp_path, keyring):
     with ArchiveStore(str(golden.FOLDER / "good.tar")) as archive:
         require_right(opened(archive, keyring), tmp_path)
 

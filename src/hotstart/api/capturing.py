@@ -16,11 +16,12 @@ from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter
 from hotstart.adapters.linux.host import host_fingerprint, needed_files
 from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import memory_bytes, tree
+from hotstart.api.recording import restore_and_record, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError, NotFound
 from hotstart.snapshot.capture import REGIONS, Captured, Source, capture
 from hotstart.snapshot.codec import encode
-from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process, RecordedRestore
+from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
 from hotstart.snapshot.secrets import secret_names
 from hotstart.snapshot.warmup import Oracle, Request
 from hotstart.snapshot.worker import WorkerSpec
@@ -119,7 +120,7 @@ def take_snapshot(
         local, captured = _capture(hotstart_, partial, name, state, oracle, options)
         usable = time.monotonic()
         hotstart_.keep_kdat(state.init_pid)
-        trial = f"{name[:50]}-trial-{os.urandom(3).hex()}"
+        trial = trial_name(name)
         try:
             local = _try_and_record(hotstart_, local, trial, progressing)
             tried = time.monotonic()
@@ -245,11 +246,7 @@ def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progr
     progressing.stage("digesting")
     local.digest_memory(populate, progressing.measured(local.manifest.data_bytes))
     progressing.stage("trying it")
-    (replica,) = hotstart_.restore(local.manifest.name, name=trial)
-    hotstart_.remove(trial, force=True)
-    receipt, former = replica.receipt, local.digest()
-    recorded = RecordedRestore(receipt.resumed_s, receipt.first_answer_s)
-    local.replace_manifest(structs.replace(local.manifest, recorded=recorded), former)
+    local.record(*restore_and_record(hotstart_, local, trial))
     return local
 
 

@@ -20,7 +20,7 @@ from hotstart.api.ports import Publish
 from hotstart.api.restoring import KDAT, RestoringReplicas, Started
 from hotstart.api.starting import StartingWorker, last_words, printable
 from hotstart.errors import BadUsage, Damaged, HotstartError, MachineLacks, NotFound, Refused
-from hotstart.restore.plan import NodeFacts, Plan, make_plan
+from hotstart.restore.plan import NodeFacts, Plan, WorkingSetFacts, make_plan
 from hotstart.restore.receipt import Span
 from hotstart.snapshot.manifest import Manifest
 from hotstart.snapshot.warmup import Oracle, Request, ready_request
@@ -30,6 +30,7 @@ from hotstart.store.local import LocalSnapshot, LocalSnapshots
 
 if TYPE_CHECKING:
     from hotstart.api.capturing import Progressing, SnapshotOptions, SnapshotTaken
+    from hotstart.api.recording import TouchRecorder
     from hotstart.api.storing import Stores
 
 DEFAULT_HOME = "/var/lib/hotstart"
@@ -265,10 +266,10 @@ class Hotstart:
 
     # ---- replicas
 
-    def plan(self, name: str) -> Plan:
+    def plan(self, name: str, replicas: int = 1) -> Plan:
         """Say what a restore of a snapshot would do here."""
         manifest = self.manifest(name)
-        return make_plan(manifest, self.node_facts(manifest))
+        return make_plan(manifest, self.node_facts(manifest), replicas)
 
     def node_facts(self, manifest: Manifest) -> NodeFacts:
         """Gather what a plan needs to know of this machine."""
@@ -281,13 +282,21 @@ class Hotstart:
             with suppress(OSError):
                 part = resident_part(os.path.join(self.snapshots.memory_root, memory.name), memory.data_end)
                 resident[memory.name] = None if part is None else int(part * memory.data_bytes)
+        local = manifest.name in self.snapshots.names()
+        cold = WorkingSetFacts()
+        if local and any(resident.get(m.name) != m.data_bytes for m in manifest.memory):
+            from hotstart.api.prefetching import working_set_facts
+
+            cold = working_set_facts(self.snapshots.open(manifest.name))
         return NodeFacts(
             host=host_fingerprint(self.criu_version()),
             free_memory_bytes=free_memory_bytes(),
             read_bandwidth=read_bandwidth(self.home),
             resident=resident,
             files=file_facts(manifest.needs),
-            local=manifest.name in self.snapshots.names(),
+            local=local,
+            cores=len(os.sched_getaffinity(0)),
+            working_set=cold,
         )
 
     def restore(
@@ -302,12 +311,13 @@ class Hotstart:
         note: Callable[[str], None] = lambda _: None,
         progress: Progress = no_progress,
         spans: Mapping[str, Span] | None = None,
+        recorder: TouchRecorder | None = None,
     ) -> list[Started]:
         """Start replicas of a snapshot, all at once; return when each has answered as the warm worker did.
 
         Without an oracle, or with wait=False, a replica that accepts connections is enough. Raises Refused if the snapshot cannot
         run here or a replica answers otherwise, NotFound, BadUsage (a name or port that is taken), HotstartError. On any error
-        none of them is left.
+        none of them is left. A `recorder` watches what the one replica touches.
         """
         began = time.monotonic()
         asked = began if self._clock_start is None else self._clock_start
@@ -322,12 +332,20 @@ class Hotstart:
             check_name(name if replicas == 1 else f"{name}-{replicas}", "replica")
         self.require_privileges()
         local = self.local_snapshot(snapshot, progress, note)
-        plan = make_plan(local.manifest, self.node_facts(local.manifest))
+        plan = make_plan(local.manifest, self.node_facts(local.manifest), replicas)
         if plan.refusals:
             raise Refused(f"snapshot {snapshot} cannot be restored here: {'; '.join(plan.refusals)}")
         measured = {**(spans or {}), "check": (began, time.monotonic())}
-        with RestoringReplicas(self, local, plan, environment or {}, wait=wait) as restoring:
+        if plan.prefetch:
+            from hotstart.api.prefetching import prefetch
+
+            measured["prefetch"] = prefetch(local, plan)
+        with RestoringReplicas(self, local, plan, environment or {}, recorder, wait=wait) as restoring:
             started = restoring.start(replicas, name, publish, asked, measured)
+        if plan.working_set_missing:
+            from hotstart.api.prefetching import note_cold_restore
+
+            note_cold_restore(local, started[0].receipt)
         local.note_use()
         self.sweep()  # not before: it reads every manifest, and the clock was running
         return started

@@ -136,7 +136,7 @@ def _other_users() -> Check:
 
 
 def _programs() -> str:
-    names = ["hotstart-init", "hotstart-fold", "libhotstart-shim.so"]
+    names = ["hotstart-init", "hotstart-fold", "hotstart-prefetch", "libhotstart-shim.so"]
     for name in names:
         native_program(name)
     if not shutil.which("nsenter"):

@@ -19,7 +19,7 @@ from hotstart.adapters.linux.sandbox import LinuxSandboxes
 from hotstart.api.ports import Publish, address_of, listen
 from hotstart.api.starting import identity_document, last_words, worker_binds
 from hotstart.errors import BadUsage, HotstartError, NotFound, Refused
-from hotstart.restore.execute import Replica, finish_replica, start_replicas
+from hotstart.restore.execute import Asker, Replica, finish_replica, start_replicas
 from hotstart.restore.plan import Plan
 from hotstart.restore.receipt import Receipt, Span, measure_stages, stages_of_init
 from hotstart.snapshot.layout import MEMORY_FOLDER
@@ -29,6 +29,7 @@ from hotstart.store.local import LocalSnapshot
 
 if TYPE_CHECKING:
     from hotstart.api.core import Hotstart
+    from hotstart.api.recording import TouchRecorder
 
 
 KDAT = "criu.kdat"
@@ -47,9 +48,17 @@ class RestoringReplicas:
     """Replicas that are being started; all of them are ended and forgotten if any fails."""
 
     def __init__(
-        self, hotstart: Hotstart, local: LocalSnapshot, plan: Plan, environment: Mapping[str, str], *, wait: bool
+        self,
+        hotstart: Hotstart,
+        local: LocalSnapshot,
+        plan: Plan,
+        environment: Mapping[str, str],
+        recorder: TouchRecorder | None,
+        *,
+        wait: bool,
     ) -> None:
         self._hotstart, self._local, self._plan, self._wait = hotstart, local, plan, wait
+        self._recorder = recorder
         self._environment = environment
         self._folders: list[RunFolder] = []
         self._replicas: list[Replica] = []
@@ -169,7 +178,7 @@ class RestoringReplicas:
                 replica,
                 manifest.oracle,
                 manifest.worker.port,
-                self._hotstart.asker,
+                self._asker(replica),
                 why_it_failed,
                 self._folders[i].file("work"),
                 time.monotonic,
@@ -186,6 +195,10 @@ class RestoringReplicas:
                 connect_egress(replica.running.init_pid)
         except HotstartError as e:
             replica.error = e
+
+    def _asker(self, replica: Replica) -> Asker:
+        asker = self._hotstart.asker
+        return self._recorder.watching(asker, lambda: replica.running.init_pid) if self._recorder else asker
 
     def _settle(self, i: int) -> Started:
         hotstart, manifest, folder, replica = self._hotstart, self._local.manifest, self._folders[i], self._replicas[i]
@@ -238,4 +251,6 @@ class RestoringReplicas:
             oracle_ok=replica.oracle_ok,
             predicted_resumed_s=self._plan.predicted_resumed_s,
             predicted_first_answer_s=self._plan.predicted_first_answer_s,
+            working_set_missing=self._plan.working_set_missing,
+            prefetched=self._plan.prefetch,
         )

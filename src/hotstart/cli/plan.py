@@ -9,8 +9,9 @@ def main(arguments: list[str], _entered: float) -> int:
     """Say what a restore would do here, and how long it should take."""
     p = parser("plan", "What a restore would do here, and how long it should take. Touches nothing.")
     p.add_argument("snapshot", metavar="SNAP")
+    p.add_argument("--replicas", type=int, default=1, metavar="N", help="so many at once (default 1)")
     options = p.parse_args(arguments)
-    plan = open_hotstart().plan(options.snapshot)
+    plan = open_hotstart().plan(options.snapshot, options.replicas)
     if options.json:
         print_json(as_plain(plan))
     else:
@@ -18,7 +19,13 @@ def main(arguments: list[str], _entered: float) -> int:
             ("PID", "PROCESS", "STRATEGY", "MEMORY FILE", "IN PAGE CACHE", "WHY"),
             ((x.pid, x.name, x.strategy, size(x.data_bytes), size(x.resident_bytes), x.reason) for x in plan.processes),
         )
-        print(f"to read from the disk: {size(plan.missing_bytes)}")
+        print(
+            f"working set: {size(plan.working_set_bytes)}, prefetch: {'yes' if plan.prefetch else 'no'}, {plan.prefetch_reason}"
+        )
+        print(
+            f"not in the page cache: {size(plan.missing_bytes)}"
+            + (", read when the disk is idle" if plan.read_ahead else "")
+        )
         print(
             f"predicted: resumed {seconds(plan.predicted_resumed_s)}, first answer {seconds(plan.predicted_first_answer_s)}"
         )

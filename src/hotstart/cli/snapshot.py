@@ -38,6 +38,7 @@ _SUMMARIES = {
     "pull": "get a snapshot from a store, ready to be restored",
     "export": "write a snapshot to one file",
     "import": "read a snapshot from such a file",
+    "record": "find out anew what a replica touches first, for this machine",
     "rm": "remove snapshots",
     "gc": "remove what no snapshot needs any more; keep the last ones, keep to a quota",
 }
@@ -52,6 +53,7 @@ def main(arguments: list[str], _entered: float) -> int:
         "ls": _ls,
         "inspect": _inspect,
         "verify": _verify,
+        "record": _record,
         "rm": _rm,
         **snapshot_store.COMMANDS,
     }
@@ -253,6 +255,23 @@ def _verify(arguments: list[str]) -> int:
         raise problems[0]
     if not options.json:
         print(f"{options.name}: local copy {report.local or 'none'}, stored copy {report.stored or 'none'}")
+    return 0
+
+
+def _record(arguments: list[str]) -> int:
+    from hotstart.api.recording import record_anew
+
+    p = _parser("record")
+    p.add_argument("name", metavar="SNAP")
+    options = p.parse_args(arguments)
+    working_set = record_anew(open_hotstart(), options.name)
+    if options.json:
+        print_json({"working_set_bytes": working_set.memory_bytes, "needs_bytes": working_set.needs_bytes})
+    else:
+        print(
+            f"{options.name}: a replica touches {size(working_set.memory_bytes)} of its memory files and "
+            f"{size(working_set.needs_bytes)} of the host's files until its first answer"
+        )
     return 0
 
 

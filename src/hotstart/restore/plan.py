@@ -8,6 +8,9 @@ from msgspec import Struct
 
 from hotstart.snapshot.manifest import HostFingerprint, Manifest, NeededFile
 
+_WORTH_READING = 8 << 20  # bytes; a disk brings them in the time that a restore takes to begin
+_SUSPICIOUS = 2.0  # times as long as the disk alone
+_READ_AHEAD_LEAVES = 4  # free memory must be so many times what is read only because it may be needed later
 _DIRTIED_PART = 20  # a replica's own memory was below 3 % of the worker in every engine measured; keep 5 % free
 
 
@@ -19,6 +22,22 @@ class FileFact(Struct, frozen=True):
     is_elf: bool
 
 
+class ColdRestore(Struct, frozen=True):
+    """One restore whose page cache lacked `missing_bytes` of the working set: what it took beyond a warm one, in seconds."""
+
+    prefetched: bool
+    missing_bytes: int
+    beyond_warm_s: float
+
+
+class WorkingSetFacts(Struct, frozen=True):
+    """The working set's size, what the page cache lacks of it (None: not known, or nobody needed to know), former cold restores."""
+
+    size_bytes: int | None = None
+    missing_bytes: int | None = None
+    cold_restores: tuple[ColdRestore, ...] = ()
+
+
 class NodeFacts(Struct, frozen=True):
     """What a plan needs to know of this machine. Bandwidth in bytes per second; None: not measured yet."""
 
@@ -28,6 +47,8 @@ class NodeFacts(Struct, frozen=True):
     resident: Mapping[str, int | None]
     files: Mapping[str, FileFact | None]
     local: bool
+    cores: int = 1
+    working_set: WorkingSetFacts = WorkingSetFacts()
 
 
 class ProcessPlan(Struct, frozen=True):
@@ -43,36 +64,101 @@ class ProcessPlan(Struct, frozen=True):
 
 
 class Plan(Struct, frozen=True):
-    """What a restore will do. `refusals` are reasons why it must not be tried here; times in seconds, None: unknown."""
+    """What a restore will do. `refusals` are reasons why it must not be tried here; times in seconds, None: unknown.
+
+    `prefetch` says whether the working set is read while the replicas are being restored, `read_ahead` whether all the rest of
+    the memory files follows when nothing else wants the disk. `missing_bytes` is what the page cache lacks of all.
+    """
 
     snapshot: str
+    replicas: int
     refusals: tuple[str, ...]
     notes: tuple[str, ...]
     processes: tuple[ProcessPlan, ...]
     missing_bytes: int
+    working_set_bytes: int | None
+    working_set_missing: int | None
+    prefetch: bool
+    prefetch_reason: str
+    read_ahead: bool
     predicted_resumed_s: float | None
     predicted_first_answer_s: float | None
 
 
-def make_plan(manifest: Manifest, node: NodeFacts) -> Plan:
-    """Return the plan for one replica."""
+def make_plan(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> Plan:
+    """Return the plan for so many replicas at once; what is predicted is the median of them."""
     processes = tuple(_process_plans(manifest, node))
     missing = sum(max(0, p.data_bytes - (p.resident_bytes or 0)) for p in processes)
-    read_s = missing / node.read_bandwidth if node.read_bandwidth else None
-    recorded = manifest.recorded
-    resumed = first = None
-    if recorded and (read_s is not None or not missing):
-        resumed = recorded.resumed_s
-        first = None if recorded.first_answer_s is None else recorded.first_answer_s + (read_s or 0.0)
+    prefetch, reason = choose_prefetch(node)
+    resumed, first = _predict(manifest, node, missing, replicas)
     return Plan(
         snapshot=manifest.name,
-        refusals=tuple(refusals(manifest, node)),
+        replicas=replicas,
+        refusals=tuple(refusals(manifest, node, replicas)),
         notes=tuple(_notes(node, missing)),
         processes=processes,
         missing_bytes=missing,
+        working_set_bytes=node.working_set.size_bytes,
+        working_set_missing=node.working_set.missing_bytes,
+        prefetch=prefetch,
+        prefetch_reason=reason,
+        read_ahead=prefetch and node.free_memory_bytes >= _READ_AHEAD_LEAVES * missing,
         predicted_resumed_s=resumed,
         predicted_first_answer_s=first,
     )
+
+
+def choose_prefetch(node: NodeFacts) -> tuple[bool, str]:
+    """Say whether the working set is read ahead of the replicas, and why.
+
+    Reading it ahead is the rule. If a restore that did so took much longer than reading it at the disk's own speed, the next one
+    leaves it to page faults; whichever took less for the same bytes is kept to.
+    """
+    missing = node.working_set.missing_bytes
+    if missing is None:
+        return False, "the working set is not known: `hotstart snapshot record` finds it out"
+    if missing < _WORTH_READING:
+        return False, "the working set is in the page cache"
+    slow = {way: _slowness(node, prefetched=way) for way in (True, False)}
+    with_it, without = slow[True], slow[False]
+    if with_it is None or with_it <= _SUSPICIOUS:
+        return True, f"{missing >> 20} MiB of the working set are read in the order in which they are touched"
+    if without is None:
+        return False, "reading it ahead was slower than the disk: this time page faults read it, for comparison"
+    if without < with_it:
+        return False, "page faults read it faster here than reading it ahead did"
+    return True, "reading it ahead was slower than the disk, but faster than page faults"
+
+
+def _slowness(node: NodeFacts, *, prefetched: bool) -> float | None:
+    """How many times as long as the disk needs for the missing bytes it took beyond a warm restore: median, or None."""
+    if not node.read_bandwidth:
+        return None
+    found = sorted(
+        c.beyond_warm_s * node.read_bandwidth / c.missing_bytes
+        for c in node.working_set.cold_restores
+        if c.prefetched == prefetched and c.missing_bytes >= _WORTH_READING
+    )
+    return found[len(found) // 2] if found else None
+
+
+def _predict(manifest: Manifest, node: NodeFacts, missing: int, replicas: int) -> tuple[float | None, float | None]:
+    """Seconds until resumed and until the first answer.
+
+    What the first restore took, or its processor time on the cores that there are if that is longer; and the time to read what the
+    page cache lacks, most of which passes while the replica waits for it.
+    """
+    recorded = manifest.recorded
+    lacking = missing if node.working_set.missing_bytes is None else node.working_set.missing_bytes
+    if recorded is None or (lacking and not node.read_bandwidth):
+        return None, None
+    read_s = lacking / node.read_bandwidth if node.read_bandwidth else 0.0
+    crowd = max(1.0, replicas / node.cores)
+    resumed = recorded.resumed_s * crowd
+    if recorded.first_answer_s is None:
+        return resumed, None
+    busy = (recorded.cpu_s or 0.0) * replicas / node.cores
+    return resumed, max(recorded.first_answer_s, busy) + read_s
 
 
 def _process_plans(manifest: Manifest, node: NodeFacts) -> list[ProcessPlan]:
@@ -108,7 +194,7 @@ def _notes(node: NodeFacts, missing: int) -> list[str]:
     return notes
 
 
-def refusals(manifest: Manifest, node: NodeFacts) -> list[str]:
+def refusals(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> list[str]:
     """Return every reason why the snapshot must not be restored on this machine; empty if it can be."""
     there, here = manifest.host, node.host
     found = []
@@ -127,6 +213,7 @@ def refusals(manifest: Manifest, node: NodeFacts) -> list[str]:
     copied = not manifest.memory
     if copied:
         needed = manifest.logical_bytes
+    needed *= replicas
     if node.free_memory_bytes < needed:
         found.append(
             f"it needs about {needed >> 20} MiB of free memory, {node.free_memory_bytes >> 20} MiB are available"

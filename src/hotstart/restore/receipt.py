@@ -12,6 +12,7 @@ Span = tuple[float, float]
 STAGES = (
     "cli_start",
     "check",
+    "prefetch",
     "spawn",
     "namespaces",
     "mounts",
@@ -34,7 +35,7 @@ _INIT_EVENTS = {
 class Receipt(Struct, frozen=True):
     """Seconds of each stage, in order, each measured for itself; what of `total_s` none of them accounts for is the last one.
 
-    The clock starts when the restore was asked for and ends at the first correct answer, or at the resume if nobody asked.
+    `working_set_missing` is what the page cache lacked of the working set, in bytes; `prefetched`: it was read ahead. The clock starts when the restore was asked for and ends at the first correct answer, or at the resume if nobody asked.
     """
 
     replica: str
@@ -48,6 +49,8 @@ class Receipt(Struct, frozen=True):
     oracle_ok: bool | None
     predicted_resumed_s: float | None
     predicted_first_answer_s: float | None
+    working_set_missing: int | None = None
+    prefetched: bool = False
 
 
 def stages_of_init(events: Mapping[str, Span]) -> dict[str, Span]:

@@ -10,7 +10,7 @@ from hotstart.snapshot.warmup import Oracle
 from hotstart.snapshot.worker import WorkerSpec
 
 FORMAT = "hotstart.snapshot"
-FORMAT_MAJOR, FORMAT_MINOR = 1, 0
+FORMAT_MAJOR, FORMAT_MINOR = 1, 1
 MOST_CHUNK_BYTES = 1 << 20
 MOST_FILE_BYTES = 1 << 42  # the largest that ext4 with small blocks can have
 
@@ -72,10 +72,14 @@ class MemoryFile(Struct, frozen=True):
 
 
 class RecordedRestore(Struct, frozen=True):
-    """What the first restore took, page cache warm: seconds from asked for to resumed, and to the first correct answer."""
+    """What the first restore took, page cache warm: seconds from asked for to resumed, and to the first correct answer.
+
+    `cpu_s` is the processor time of all its processes until then.
+    """
 
     resumed_s: float
     first_answer_s: float | None
+    cpu_s: float | None = None
 
 
 class Manifest(Struct, frozen=True):
@@ -95,6 +99,7 @@ class Manifest(Struct, frozen=True):
     logical_bytes: int
     oracle: Oracle | None = None
     recorded: RecordedRestore | None = None
+    working_set: str | None = None
     format: str = FORMAT
     format_version: tuple[int, int] = (FORMAT_MAJOR, FORMAT_MINOR)
 

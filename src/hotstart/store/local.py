@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from msgspec import MsgspecError, Struct, json, structs
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
-from hotstart.snapshot.manifest import File, Manifest, MemoryFile, parse_manifest
+from hotstart.snapshot.manifest import File, Manifest, MemoryFile, RecordedRestore, parse_manifest
+from hotstart.snapshot.workingset import WORKING_SET, WorkingSet, parse_working_set
 from hotstart.store.content import Extent, decode_index, digest_of, encode_index
 from hotstart.store.digesting import (
     Progress,
@@ -35,6 +36,7 @@ SEALS = "seals.json"
 MAKING, STORING = ".lock", ".storing"
 USES = ".uses"
 PULLED = ".pulled"
+RECORDED_ANEW = f".{WORKING_SET}"
 _PULL_IS_KEPT_S = 86400.0
 _SWEEP_HOLDS_S = 0.1  # how long a sweep may hold a lock, to see that nobody does
 Populate = Callable[[mmap.mmap, list[tuple[int, int]]], None]
@@ -199,6 +201,26 @@ class LocalSnapshot(Struct):
         for file in files:
             sync(self.path(file.path))
         self.replace_manifest(structs.replace(self.manifest, files=tuple(files), memory=tuple(memories)), former)
+
+    def record(self, recorded: RecordedRestore, working_set: WorkingSet) -> None:
+        """Remember what the first restore took, and what it touched."""
+        write_durably(self.path(WORKING_SET), working_set.to_bytes())
+        files = [file for file in self.manifest.files if file.path != WORKING_SET]
+        files.append(describe_file(self.folder, WORKING_SET))
+        manifest = structs.replace(self.manifest, files=tuple(files), recorded=recorded, working_set=WORKING_SET)
+        self.replace_manifest(manifest, self.digest())
+
+    def record_anew(self, working_set: WorkingSet) -> None:
+        """Remember what a replica touched on this machine."""
+        write_durably(self.path(RECORDED_ANEW), working_set.to_bytes())
+
+    def working_set(self) -> WorkingSet | None:
+        """Return what a replica touches, if that is known: as this machine recorded it anew, else as it came with the snapshot."""
+        for path in (RECORDED_ANEW, self.manifest.working_set):
+            if path:
+                with suppress(OSError, Damaged), open(self.path(path), "rb") as f:
+                    return parse_working_set(f.read())
+        return None
 
     def replace_manifest(self, manifest: Manifest, former_digest: str) -> None:
         """Replace the manifest, whose digest was `former_digest`; at no moment is there one that no seal knows."""

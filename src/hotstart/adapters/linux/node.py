@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 from contextlib import suppress
 
 from msgspec import MsgspecError, json
+
+from hotstart.adapters.linux.prefetch import read_rate
 
 _BLOCK = 2 << 20
 _TEST_BYTES = 256 << 20
@@ -18,14 +19,14 @@ def _memo(home: str) -> str:
 
 
 def read_bandwidth(home: str) -> float | None:
-    """Bytes per second that the disk under `home` reads sequentially, as measured; None if it never was."""
+    """Bytes per second that come from the disk under `home` into the page cache, as measured; None if it never was."""
     with suppress(OSError, MsgspecError, KeyError), open(_memo(home), "rb") as f:
         return json.decode(f.read(), type=dict[str, float])["read_bandwidth"]
     return None
 
 
 def measure_read_bandwidth(home: str) -> float:
-    """Write a file, read it past the page cache, remember the result. Raises OSError."""
+    """Write a file, read it as a restore does whose page cache is cold, remember the result. Raises OSError."""
     folder = os.path.join(home, "cache")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f".bandwidth-{os.getpid()}")
@@ -40,18 +41,16 @@ def measure_read_bandwidth(home: str) -> float:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
-            try:
-                start = time.monotonic()
-                while os.readv(fd, [block]):
-                    pass
-                bandwidth = _TEST_BYTES / (time.monotonic() - start)
-            finally:
-                os.close(fd)
+            bandwidth = read_rate(path, _TEST_BYTES)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(path)
-    with open(f"{_memo(home)}.aside", "wb") as f:
-        f.write(json.encode({"read_bandwidth": bandwidth}))
-    os.replace(f"{_memo(home)}.aside", _memo(home))
+    note_read_bandwidth(home, bandwidth)
     return bandwidth
+
+
+def note_read_bandwidth(home: str, bytes_per_s: float) -> None:
+    """Remember how fast the disk under `home` was."""
+    with open(f"{_memo(home)}.aside", "wb") as f:
+        f.write(json.encode({"read_bandwidth": bytes_per_s}))
+    os.replace(f"{_memo(home)}.aside", _memo(home))

@@ -45,6 +45,18 @@ def memory_bytes(pid: int) -> dict[str, int]:
     return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
 
 
+def cpu_seconds(pids: list[int]) -> float:
+    """Processor time of these processes and of children that they have waited for, in seconds."""
+    ticks = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as f:
+                ticks += sum(map(int, f.read().rpartition(b")")[2].split()[11:15]))
+        except OSError:
+            continue
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def process_start_clock() -> float:
     """CLOCK_MONOTONIC seconds at which this process started (to 10 ms, rounded towards the past)."""
     import time

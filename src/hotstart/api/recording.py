@@ -1,0 +1,140 @@
+"""Records the working set of a snapshot: what its replica touches while it is asked for the first time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Event, Thread
+from typing import TYPE_CHECKING
+
+from hotstart.adapters.linux.procfs import cpu_seconds, tree
+from hotstart.adapters.linux.touched import touched_spans
+from hotstart.api.prefetching import forget_cold_restores
+from hotstart.errors import NotFound
+from hotstart.restore.execute import Asker
+from hotstart.snapshot.layout import MEMORY_FOLDER
+from hotstart.snapshot.manifest import Manifest, RecordedRestore
+from hotstart.snapshot.warmup import Answer, Request
+from hotstart.snapshot.workingset import Span, TouchedBlocks, WorkingSet, only_data
+from hotstart.store.digesting import data_spans
+from hotstart.store.local import LocalSnapshot
+
+if TYPE_CHECKING:
+    from hotstart.api.core import Hotstart
+
+_ROUND_S = 0.02
+_REST = 5  # between two looks at least five times as long as a look takes
+
+
+def restore_and_record(hotstart: Hotstart, local: LocalSnapshot, replica: str) -> tuple[RecordedRestore, WorkingSet]:
+    """Restore a snapshot once as `replica`, which is ended; return what that took and what it touched."""
+    recorder = TouchRecorder(local.manifest)
+    (started,) = hotstart.restore(local.manifest.name, name=replica, recorder=recorder)
+    hotstart.remove(replica, force=True)
+    receipt = started.receipt
+    first_answer = None if receipt.first_answer_s is None else receipt.first_answer_s - recorder.cost_s
+    return RecordedRestore(receipt.resumed_s, first_answer, recorder.cpu_s), recorder.working_set(local)
+
+
+def record_anew(hotstart: Hotstart, name: str) -> WorkingSet:
+    """Find a snapshot's working set out again, for this machine only: the snapshot itself stays what it is."""
+    local = hotstart.local_snapshot(name)
+    trial = trial_name(name)
+    try:
+        _, working_set = restore_and_record(hotstart, local, trial)
+    except BaseException:
+        with suppress(NotFound):
+            hotstart.remove(trial, force=True)
+        raise
+    local.record_anew(working_set)
+    forget_cold_restores(local)
+    return working_set
+
+
+def trial_name(snapshot: str) -> str:
+    """Name a replica that is there for a trial only."""
+    return f"{snapshot[:50]}-trial-{os.urandom(3).hex()}"
+
+
+class TouchRecorder:
+    """Watches one replica. `cost_s` is what watching cost the clock, `cpu_s` what the replica computed until it had answered."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.cost_s = 0.0
+        self.cpu_s: float | None = None
+        self._blocks: dict[str, tuple[bool, int, TouchedBlocks]] = {}
+        for i, memory in enumerate(manifest.memory):
+            self._blocks[f"{MEMORY_FOLDER}/{memory.name}"] = True, i, TouchedBlocks(memory.data_end)
+        for i, need in enumerate(manifest.needs):
+            self._blocks[need.path] = False, i, TouchedBlocks(need.size_bytes)
+        # Until it had resumed, until it had answered; memory files, the host's files.
+        self._spans: dict[tuple[bool, bool], list[Span]] = {(a, m): [] for a in (False, True) for m in (False, True)}
+
+    def watching(self, asker: Asker, init_pid: Callable[[], int]) -> Asker:
+        """Return an asker that records the sandbox of that first process, known by then, while it asks."""
+        return _WatchingAsker(self, asker, init_pid)
+
+    def look(self, init_pid: int, *, answered: bool) -> None:
+        """Note what was touched since the last look. Raises OSError where the kernel cannot tell."""
+        for path, start, end in touched_spans(init_pid):
+            if path in self._blocks:
+                self._blocks[path][2].touch(start, end)
+        for is_memory, number, blocks in self._blocks.values():
+            self._spans[answered, is_memory] += [Span(number, *span) for span in blocks.end_round()]
+
+    def working_set(self, local: LocalSnapshot) -> WorkingSet:
+        """Return what was touched; of memory files only what is no hole."""
+        data = []
+        for memory in local.manifest.memory:
+            with open(local.memory_path(memory.name), "rb") as f:
+                data.append(data_spans(f.fileno(), memory.data_end))
+
+        def of_memory(spans: list[Span]) -> tuple[Span, ...]:
+            return tuple(
+                Span(s.file, *piece) for s in spans for piece in only_data([(s.offset, s.length)], data[s.file])
+            )
+
+        return WorkingSet(
+            resumed=of_memory(self._spans[False, True]),
+            answered=of_memory(self._spans[True, True]),
+            resumed_needs=tuple(self._spans[False, False]),
+            answered_needs=tuple(self._spans[True, False]),
+        )
+
+
+class _WatchingAsker:
+    def __init__(self, recorder: TouchRecorder, asker: Asker, init_pid: Callable[[], int]) -> None:
+        self._recorder, self._asker, self._init_pid = recorder, asker, init_pid
+
+    def ask(self, door_path: str, port: int, request: Request, timeout_s: float) -> Answer:
+        """Ask, looking again and again meanwhile."""
+        took = self._look(answered=False)
+        self._recorder.cost_s += took
+        done = Event()
+        watcher = Thread(target=self._watch, args=(done, took))
+        watcher.start()
+        try:
+            answer = self._asker.ask(door_path, port, request, timeout_s)
+            self._recorder.cpu_s = cpu_seconds(tree(self._init_pid()))
+        finally:
+            done.set()
+            watcher.join()
+        self._look(answered=True)
+        return answer
+
+    def wait_port(self, door_path: str, port: int, timeout_s: float) -> None:
+        """Wait; what was touched until then is all that is known."""
+        self._asker.wait_port(door_path, port, timeout_s)
+        self._look(answered=False)
+
+    def _watch(self, done: Event, took: float) -> None:
+        while not done.wait(max(_ROUND_S, _REST * took)):
+            took = self._look(answered=True)
+
+    def _look(self, *, answered: bool) -> float:
+        began = time.monotonic()
+        with suppress(OSError):
+            self._recorder.look(self._init_pid(), answered=answered)
+        return time.monotonic() - began
