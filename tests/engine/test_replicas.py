@@ -104,6 +104,23 @@ def test_a_tree_of_processes_comes_back(hotstart):
     assert json.loads(ask(hotstart, replica.name, "GET", "/child")) == before
 
 
+def test_memory_that_a_child_shares_is_in_one_memory_file_and_told_so(hotstart):
+    hotstart.run("w", tiny_worker())
+    ask(hotstart, "w", "POST", "/fork")
+    take(hotstart, source="w")
+    local = hotstart.snapshots.open("snap")
+    root, child = local.manifest.processes
+    assert root.strategy == child.strategy == "mapped"
+    assert sum(m.data_bytes for m in local.manifest.memory) < 60 << 20  # 32 MiB once; an interpreter twice
+    assert hotstart.plan("snap").missing_bytes < 60 << 20
+    regions = json.loads(Path(local.path("regions.json")).read_bytes())
+    shared = [
+        r for r in regions[str(child.pid)] if r["why"].startswith(f"shared with process {root.pid}, in whose file")
+    ]
+    assert sum(int(r["end"], 16) - int(r["start"], 16) for r in shared) > 32 << 20
+    assert not any("shared with" in r["why"] for r in regions[str(root.pid)])
+
+
 def test_what_private_folders_held_comes_back_to_each_replica(hotstart):
     hotstart.run("w", tiny_worker())
     ask(hotstart, "w", "POST", "/write", b'{"path": "/tmp/note", "text": "warm"}')

@@ -19,8 +19,9 @@ from hotstart.adapters.linux.procfs import memory_bytes, tree
 from hotstart.api.recording import restore_and_record, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError, NotFound
-from hotstart.snapshot.capture import REGIONS, Captured, Source, capture
+from hotstart.snapshot.capture import REGIONS, Captured, FoldedProcess, Source, capture
 from hotstart.snapshot.codec import encode
+from hotstart.snapshot.layout import Placed
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
 from hotstart.snapshot.secrets import secret_names
 from hotstart.snapshot.warmup import Oracle, Request
@@ -196,7 +197,8 @@ def _capture(
         if p.memory_file
     ]
     memory += _older_memory(hotstart_, state, captured)
-    by_pid = {p.pid: p for p in captured.folded}
+    memory_file = {p.pid: file for p in captured.folded if (file := _memory_file_of(p, captured.folded))}
+    folded = {p.pid for p in captured.folded}
     _write_regions(os.path.join(partial.folder, REGIONS), captured)
     manifest = Manifest(
         name=name,
@@ -209,10 +211,8 @@ def _capture(
         processes=tuple(
             structs.replace(
                 process,
-                memory_file=f"{state.memory_id}/{by_pid[pid].memory_file}"
-                if pid in by_pid and by_pid[pid].memory_file
-                else None,
-                strategy="mapped" if pid in by_pid else "copied",
+                memory_file=f"{state.memory_id}/{memory_file[pid]}" if pid in memory_file else None,
+                strategy="mapped" if pid in folded else "copied",
             )
             for pid, process in processes.items()
         ),
@@ -223,6 +223,17 @@ def _capture(
         oracle=oracle,
     )
     return partial.publish(manifest), captured
+
+
+def _memory_file_of(process: FoldedProcess, folded: Sequence[FoldedProcess]) -> str | None:
+    """Return its own memory file, else the one of another process that it shares most with."""
+    if process.memory_file:
+        return process.memory_file
+    shared: dict[int, int] = {}
+    for p in process.layout.placed:
+        if p.base is not None:
+            shared[p.base] = shared.get(p.base, 0) + p.area.size_bytes
+    return folded[max(shared, key=shared.__getitem__)].memory_file if shared else None
 
 
 def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) -> list[MemoryFile]:
@@ -284,7 +295,7 @@ def _write_regions(path: str, captured: Captured) -> None:
     regions = {
         str(p.pid): [
             *(
-                _region(a.area.start, a.area.end, a.area.protection, a.area.path, f"mapped at {a.offset:#x}")
+                _region(a.area.start, a.area.end, a.area.protection, a.area.path, _where(a, captured.folded))
                 for a in p.layout.placed
             ),
             *(_region(k.area.start, k.area.end, k.area.protection, k.area.path, k.reason) for k in p.layout.kept),
@@ -293,6 +304,12 @@ def _write_regions(path: str, captured: Captured) -> None:
     }
     with open(path, "wb") as f:
         f.write(encode({pid: sorted(areas, key=lambda a: int(a["start"], 16)) for pid, areas in regions.items()}))
+
+
+def _where(placed: Placed, folded: Sequence[FoldedProcess]) -> str:
+    if placed.base is None:
+        return f"mapped at {placed.offset:#x}"
+    return f"shared with process {folded[placed.base].pid}, in whose file it is mapped at {placed.offset:#x}"
 
 
 def _region(start: int, end: int, protection: str, path: str, why: str) -> dict[str, str]:

@@ -6,8 +6,13 @@
  * It takes no decisions. A conversation of lines on stdin and stdout:
  *   < process PID                     one for each process of the tree, all of its threads stopped
  *   < frozen
- *   > process PID NAME SIZE           NAME is made in FOLDER_FD and is INSIDE/NAME to the process
- *   > area START END OFFSET PROT WHOLE ADVICE      hexadecimal; WHOLE: every page, else those that are populated
+ *   > compare PID BASE START END WHOLE             any number of these, then
+ *   > answer
+ *   < block PID BASE START END SAME DIFFERENT ZERO for each 2 MiB: pages that both share, that they do not, that only BASE has
+ *   < compared
+ *   > process PID NAME SIZE           NAME is made in FOLDER_FD and is INSIDE/NAME to the process; "-": it needs none
+ *   > area START END OFFSET PROT WHOLE ADVICE BASE  hexadecimal; WHOLE: every page, else those that are populated; BASE: the
+ *                                     process in whose file it is mapped, at the offset of the same addresses there, or 0
  *   > go
  *   < copied PID BYTES
  *   < folded
@@ -75,7 +80,13 @@ struct sud_config { uint64_t mode, selector, offset, length; };
 enum { GET_SYSCALL_USER_DISPATCH = 0x4211 };
 
 struct span { uint64_t start, end; };
-struct area { uint64_t start, end, offset, aside; int prot, whole, advice; };
+struct area {
+	uint64_t start, end, offset, aside;
+	int prot, whole, advice, moved;
+	struct process *owner;           /* in whose file it is mapped */
+	size_t first_apart, n_apart;     /* pages that are not what the file has, if it is another's */
+};
+struct wish { struct process *p, *base; uint64_t start, end; int whole; };
 struct job { size_t first, count; uint64_t offset; }; /* spans that are read together and written at once */
 struct process {
 	pid_t pid, injector;             /* injector: the stopped thread that makes our system calls */
@@ -89,11 +100,13 @@ struct process {
 	size_t n_guards, cap_guards;
 	struct span *spans;              /* what is copied */
 	size_t n_spans, cap_spans;
+	struct span *apart;              /* what is not as in another's file, and stays private */
+	size_t n_apart, cap_apart;
 	struct job *jobs;
 	size_t n_jobs, cap_jobs;
 	uint64_t copied_bytes, next_job;
 	int ended;                       /* all of it: what children it had are others' now */
-	int file, memory, failed;        /* memory: /proc/PID/mem; failed: errno of a copying thread */
+	int file, memory, pagemap, failed; /* memory, pagemap: of /proc/PID; failed: errno of a copying thread */
 	int has_file;                    /* the process has the file open: through it scripts see that we are gone */
 	int64_t inside_file;
 	int injecting;                   /* the injector's registers and mask are not its own */
@@ -428,7 +441,7 @@ static int bring_in_code(struct process *p)
 	return 0;
 }
 
-static int64_t status_field(pid_t tid, const char *name)
+static int64_t status_number(pid_t tid, const char *name, int last)
 {
 	char path[64], line[256];
 	int64_t value = 0;
@@ -436,10 +449,13 @@ static int64_t status_field(pid_t tid, const char *name)
 	snprintf(path, sizeof path, "/proc/%d/status", tid);
 	FILE *f = fopen(path, "re");
 	while (f && fgets(line, sizeof line, f))
-		if (!strncmp(line, name, n)) value = strtoll(line + n, 0, 10);
+		if (!strncmp(line, name, n)) value = strtoll(last ? strrchr(line, '\t') : line + n, 0, 10);
 	if (f) fclose(f);
 	return value;
 }
+
+static int64_t status_field(pid_t tid, const char *name) { return status_number(tid, name, 0); }
+static int64_t last_number(pid_t tid, const char *name) { return status_number(tid, name, 1); }
 
 static const char *why_not_inject(struct process *p)
 {
@@ -455,7 +471,7 @@ static const char *why_not_inject(struct process *p)
 	return 0;
 }
 
-static int begin_injection(struct process *p, size_t n_calls)
+static int begin_injection(struct process *p, size_t bytes)
 {
 	if (ptrace(PTRACE_GETREGS, p->injector, 0, &p->saved)) return -1;
 	const char *reason = why_not_inject(p);
@@ -466,7 +482,7 @@ static int begin_injection(struct process *p, size_t n_calls)
 	if (ptrace(PTRACE_GETSIGMASK, p->injector, 8, &p->mask)) return -1;
 	leave_rseq(p);
 	if (bring_in_code(p)) return -1;
-	p->table_bytes = (sizeof(struct table) + (n_calls + 1) * sizeof(struct call) + PAGE - 1) & -PAGE;
+	p->table_bytes = (sizeof(struct table) + sizeof(struct call) + bytes + PAGE - 1) & -PAGE;
 	int64_t r = one_call(p, SYS_mmap, 0, p->table_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
 	if (r < 0) { errno = (int)-r; return -1; }
 	p->table = (uint64_t)r;
@@ -547,7 +563,7 @@ static int add_process(pid_t pid) /* 1 if it is new */
 	struct process *p = calloc(1, sizeof *p);
 	if (!p) abort();
 	p->pid = pid;
-	p->file = p->memory = -1;
+	p->file = p->memory = p->pagemap = -1;
 	processes = grow(processes, n_processes, &cap_processes, sizeof *processes);
 	by_pid[pid] = processes[n_processes++] = p;
 	return 1;
@@ -708,6 +724,128 @@ static void let_go(void)
 		for (size_t k = 0; k < processes[i]->n_threads; k++) ptrace(PTRACE_DETACH, processes[i]->threads[k], 0, 0);
 }
 
+/* ---- what processes share: pages that were never written to since a fork --------------------------------------- */
+
+static void open_views(struct process *p)
+{
+	char path[64];
+	if (p->pagemap >= 0) return;
+	snprintf(path, sizeof path, "/proc/%d/pagemap", p->injector);
+	p->pagemap = open(path, O_RDONLY | O_CLOEXEC);
+	if (p->pagemap < 0) refuse("process %d: %s: %s", p->pid, path, strerror(errno));
+	snprintf(path, sizeof path, "/proc/%d/mem", p->injector);
+	p->memory = open(path, O_RDONLY | O_CLOEXEC);
+}
+
+enum { PAGES_AT_ONCE = 16 * HUGE_BYTES / PAGE };
+static const uint64_t PFN = (1UL << 55) - 1, PRESENT = 1UL << 63, SWAPPED = 1UL << 62, GUARD = 1UL << 58;
+enum likeness { BOTH_ABSENT, SAME_PAGE, OTHER_PAGE };
+
+static void read_entries(struct process *p, uint64_t start, size_t pages, uint64_t *entries)
+{
+	errno = EIO;
+	if (pread(p->pagemap, entries, pages * 8, (off_t)(start / PAGE * 8)) != (ssize_t)(pages * 8))
+		refuse("process %d: pagemap: %s", p->pid, strerror(errno));
+}
+
+static int is_there(uint64_t entry) { return (entry & (PRESENT | SWAPPED)) != 0; }
+
+/* Numbers of pages are zero to those who may not see them (CAP_SYS_ADMIN): contents decide then. */
+static enum likeness likeness(uint64_t a, uint64_t b)
+{
+	if (!is_there(a) && !is_there(b)) return BOTH_ABSENT;
+	return (a ^ b) & (PFN | PRESENT | SWAPPED) || !(a & PFN) ? OTHER_PAGE : SAME_PAGE;
+}
+
+static int read_memory(struct process *p, uint64_t at, void *to, size_t bytes) /* 0, or errno */
+{
+	errno = EFAULT;
+	if (!read_from(p, at, to, bytes)) return 0;
+	int reason = errno; /* memory that may only be written; as a debugger we may read it */
+	return pread(p->memory, to, bytes, (off_t)at) == (ssize_t)bytes ? 0 : reason;
+}
+
+/* Contents as the file has them: absent pages of anonymous memory are zero there, and reading must not make them. */
+static void read_contents(struct process *p, uint64_t at, size_t pages, int absent, char *to)
+{
+	int reason = 0;
+	if (absent) memset(to, 0, pages * PAGE);
+	else reason = read_memory(p, at, to, pages * PAGE);
+	if (reason) refuse("process %d: copying its memory: %s", p->pid, strerror(reason));
+}
+
+static void compare(const struct wish *w)
+{
+	static uint64_t mine[PAGES_AT_ONCE], bases[PAGES_AT_ONCE];
+	static char page[2][PAGE];
+	open_views(w->p);
+	open_views(w->base);
+	for (uint64_t at = w->start; at < w->end;) {
+		size_t pages = (w->end - at) / PAGE < PAGES_AT_ONCE ? (w->end - at) / PAGE : PAGES_AT_ONCE;
+		read_entries(w->p, at, pages, mine);
+		read_entries(w->base, at, pages, bases);
+		for (size_t i = 0; i < pages;) {
+			uint64_t begin = at + i * PAGE, end = (begin + HUGE_BYTES) & -HUGE_BYTES, counts[2] = {0, 0}, zeros = 0;
+			if (end > at + pages * PAGE) end = at + pages * PAGE;
+			for (; at + i * PAGE < end; i++) {
+				enum likeness l = likeness(mine[i], bases[i]);
+				if (l == BOTH_ABSENT) continue;
+				if (l == OTHER_PAGE && !w->whole && !is_there(mine[i])) { zeros++; continue; }
+				if (l == OTHER_PAGE && is_there(bases[i]) && !(mine[i] & PFN) && !(bases[i] & PFN)) {
+					read_contents(w->p, at + i * PAGE, 1, 0, page[0]);
+					read_contents(w->base, at + i * PAGE, 1, 0, page[1]);
+					if (!memcmp(page[0], page[1], PAGE)) l = SAME_PAGE;
+				}
+				counts[l == SAME_PAGE]++;
+			}
+			printf("block %d %d %lx %lx %lu %lu %lu\n", w->p->pid, w->base->pid, begin, end, counts[1], counts[0], zeros);
+		}
+		at += pages * PAGE;
+	}
+}
+
+static void add_apart(struct process *p, struct area *a, uint64_t start)
+{
+	struct span *last = a->n_apart ? &p->apart[p->n_apart - 1] : 0;
+	if (last && last->end == start) { last->end += PAGE; return; }
+	p->apart = grow(p->apart, p->n_apart, &p->cap_apart, sizeof *p->apart);
+	p->apart[p->n_apart++] = (struct span){start, start + PAGE};
+	a->n_apart++;
+}
+
+/* Which of these pages, none of which both share, differ after all? */
+static void find_differences(struct process *p, struct area *a, uint64_t start, size_t pages, int absent, int base_absent)
+{
+	static char mine[HUGE_BYTES], bases[HUGE_BYTES];
+	read_contents(p, start, pages, absent, mine);
+	read_contents(a->owner, start, pages, base_absent, bases);
+	for (size_t i = 0; i < pages; i++)
+		if (memcmp(mine + i * PAGE, bases + i * PAGE, PAGE)) add_apart(p, a, start + i * PAGE);
+}
+
+static void find_apart(struct process *p, struct area *a)
+{
+	static uint64_t mine[PAGES_AT_ONCE], bases[PAGES_AT_ONCE];
+	open_views(p);
+	open_views(a->owner);
+	a->first_apart = p->n_apart;
+	for (uint64_t at = a->start; at < a->end;) {
+		size_t pages = (a->end - at) / PAGE < PAGES_AT_ONCE ? (a->end - at) / PAGE : PAGES_AT_ONCE;
+		read_entries(p, at, pages, mine);
+		read_entries(a->owner, at, pages, bases);
+		for (size_t i = 0; i < pages;) {
+			size_t first = i;
+			int absent = !a->whole && !is_there(mine[i]), base_absent = !a->whole && !is_there(bases[i]);
+			if (mine[i] & GUARD || likeness(mine[i], bases[i]) != OTHER_PAGE) { i++; continue; }
+			while (i < pages && i - first < HUGE_BYTES / PAGE && !(mine[i] & GUARD) &&
+			       likeness(mine[i], bases[i]) == OTHER_PAGE && (a->whole || (absent == !is_there(mine[i]) && base_absent == !is_there(bases[i]))))
+				i++;
+			find_differences(p, a, at + first * PAGE, i - first, absent, base_absent);
+		}
+		at += pages * PAGE;
+	}
+}
+
 /* ---- copy ----------------------------------------------------------------------------------------------------- */
 
 /* Joins what is close together: thousands of direct writes of a page each took longer than all the rest. */
@@ -751,34 +889,30 @@ static void find_pages_of(struct process *p, struct area *a, int pagemap)
 	for (uint64_t at = a->start; at < a->end;) {
 		struct scan_arg s = {.size = sizeof s, .start = at, .end = a->end, .vec = (uint64_t)regions,
 			.vec_len = sizeof regions / sizeof *regions,
-			.category_anyof_mask = a->whole ? guard : IS_PRESENT | IS_SWAPPED,
+			.category_anyof_mask = a->whole || a->owner != p ? guard : IS_PRESENT | IS_SWAPPED,
 			.category_inverted = IS_ZERO_PAGE, .category_mask = IS_ZERO_PAGE, .return_mask = IS_PRESENT | guard};
-		if (a->whole && !guard) break;
+		if ((a->whole || a->owner != p) && !guard) break;
 		int n = ioctl(pagemap, SCAN, &s);
 		if (n < 0 && errno == EINVAL && guard) { guard = 0; continue; } /* a kernel before 6.15 does not know them */
 		if (n < 0) refuse("process %d: PAGEMAP_SCAN: %s", p->pid, strerror(errno));
 		for (int k = 0; k < n; k++) {
 			int is_guard = (regions[k].categories & guard) != 0;
 			if (is_guard) add_guard(p, regions[k].start, regions[k].end);
+			if (a->owner != p) continue;
 			if (a->whole) add_pages(p, a, covered, regions[k].start);
 			else if (!is_guard) add_pages(p, a, regions[k].start, regions[k].end);
 			covered = regions[k].end;
 		}
 		at = s.walk_end;
 	}
-	if (a->whole) add_pages(p, a, covered, a->end);
+	if (a->owner != p) find_apart(p, a);
+	else if (a->whole) add_pages(p, a, covered, a->end);
 }
 
 static void find_pages(struct process *p)
 {
-	char path[64];
-	snprintf(path, sizeof path, "/proc/%d/pagemap", p->injector);
-	int pagemap = open(path, O_RDONLY | O_CLOEXEC);
-	if (pagemap < 0) refuse("process %d: %s: %s", p->pid, path, strerror(errno));
-	for (size_t i = 0; i < p->n_areas; i++) find_pages_of(p, &p->areas[i], pagemap);
-	close(pagemap);
-	snprintf(path, sizeof path, "/proc/%d/mem", p->injector);
-	p->memory = open(path, O_RDONLY | O_CLOEXEC);
+	open_views(p);
+	for (size_t i = 0; i < p->n_areas; i++) find_pages_of(p, &p->areas[i], p->pagemap);
 }
 
 static int read_job(struct process *p, struct job *j, char *buffer) /* 0, or errno */
@@ -855,7 +989,7 @@ static void copy_memory(struct process *p, int threads)
 	pthread_t t[64];
 	int started = 0;
 	find_pages(p);
-	open_file(p);
+	if (p->size_bytes) open_file(p);
 	while (started < threads && !pthread_create(&t[started], 0, copy_thread, p)) started++;
 	if (!started) copy_thread(p);
 	while (started) pthread_join(t[--started], 0);
@@ -880,67 +1014,150 @@ static void reserve_aside(struct process *p)
 	int64_t at = one_call(p, SYS_mmap, 0, p->aside_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
 	if (at < 0) refuse("process %d: no address space to move its areas aside: %s", p->pid, strerror((int)-at));
 	p->aside = (uint64_t)at;
+	for (size_t i = 0; i < p->n_areas; i++) {
+		struct area *a = &p->areas[i];
+		a->aside = (uint64_t)at + ((a->start - (uint64_t)at) & (HUGE_BYTES - 1));
+		at = (int64_t)(a->aside + a->end - a->start);
+	}
 }
 
-static int64_t open_inside(struct process *p)
+static void close_inside(struct process *p)
+{
+	if (!p->has_file) return;
+	know_file(p, -1);
+	one_call(p, SYS_close, (uint64_t)p->inside_file, 0, 0, 0, 0);
+	p->has_file = 0;
+}
+
+static void open_inside(struct process *p, const struct process *owner)
 {
 	char path[512];
 	uint64_t at = p->table + offsetof(struct table, calls);
-	int bytes = snprintf(path, sizeof path, "%s/%s", inside, p->name) + 1;
-	if (bytes > (int)sizeof path) return -ENAMETOOLONG;
-	if (write_to(p, at, path, (size_t)bytes)) return -errno;
+	int bytes = snprintf(path, sizeof path, "%s/%s", inside, owner->name) + 1;
+	errno = ENAMETOOLONG;
+	if (bytes > (int)sizeof path || write_to(p, at, path, (size_t)bytes)) refuse("process %d: %s", p->pid, strerror(errno));
 	int64_t file = one_call(p, SYS_openat, (uint64_t)AT_FDCWD, at, O_RDONLY | O_CLOEXEC, 0, 0);
 	if (file < 0) refuse("process %d: cannot open %s: %s", p->pid, path, strerror((int)-file));
 	p->has_file = 1;
 	p->inside_file = file;
-	return know_file(p, file) ? -errno : file;
+	if (know_file(p, file)) refuse("process %d: %s", p->pid, strerror(errno));
+}
+
+enum { CALLS_PER_AREA = 5, MOST_VECTORS = 1024 }; /* IOV_MAX */
+struct script {
+	struct call *calls;
+	int64_t *wanted;                 /* results, where success is not enough */
+	size_t n;
+	struct iovec *vectors;           /* behind the calls, at vectors_at in the process */
+	size_t n_vectors;
+	uint64_t vectors_at;
+};
+
+static void add_call(struct script *s, struct call c, int64_t wanted)
+{
+	s->wanted[s->n] = wanted;
+	s->calls[s->n++] = c;
+}
+
+/* The process copies them itself: it must be done if we are killed meanwhile. */
+static void copy_apart(struct process *p, struct area *a, struct script *s)
+{
+	int64_t self = last_number(p->injector, "NSpid:");
+	for (size_t i = 0; i < a->n_apart;) {
+		size_t n = a->n_apart - i < MOST_VECTORS ? a->n_apart - i : MOST_VECTORS;
+		uint64_t bytes = 0, from = s->vectors_at + s->n_vectors * sizeof(struct iovec);
+		for (size_t k = 0; k < n; k++) {
+			struct span apart = p->apart[a->first_apart + i + k];
+			size_t length = apart.end - apart.start;
+			s->vectors[s->n_vectors + k] = (struct iovec){(void *)(a->aside + apart.start - a->start), length};
+			s->vectors[s->n_vectors + n + k] = (struct iovec){(void *)apart.start, length};
+			bytes += length;
+		}
+		s->n_vectors += 2 * n;
+		i += n;
+		add_call(s, (struct call){SYS_process_vm_writev, self, (int64_t)from, (int64_t)n,
+					  (int64_t)(from + n * sizeof(struct iovec)), (int64_t)n, 0, ON_SUCCESS}, (int64_t)bytes);
+	}
+}
+
+/* Returns where the area's guards end. */
+static size_t add_area(struct process *p, struct area *a, size_t guard, struct script *s)
+{
+	int64_t start = (int64_t)a->start, length = (int64_t)(a->end - a->start);
+	int prot = a->n_apart ? a->prot | PROT_READ | PROT_WRITE : a->prot;
+	add_call(s, are_we_there(p, p->inside_file), -1);
+	add_call(s, (struct call){SYS_mremap, start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, (int64_t)a->aside, 0, ON_SUCCESS},
+		 (int64_t)a->aside);
+	add_call(s, (struct call){SYS_mmap, start, length, prot, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, p->inside_file,
+				  (int64_t)a->offset, ON_SUCCESS}, start);
+	copy_apart(p, a, s);
+	if (prot != a->prot) add_call(s, (struct call){SYS_mprotect, start, length, a->prot, 0, 0, 0, ON_SUCCESS}, 0);
+	/* Advice may fail (a kernel without huge pages). */
+	if (a->advice >= 0) add_call(s, (struct call){SYS_madvise, start, length, a->advice, 0, 0, 0, ALWAYS}, -1);
+	for (; guard < p->n_guards && p->guards[guard].start < a->end; guard++) {
+		struct span g = p->guards[guard];
+		add_call(s, (struct call){SYS_madvise, (int64_t)g.start, (int64_t)(g.end - g.start), ADVICE_GUARD_INSTALL, 0, 0, 0,
+					  ON_SUCCESS}, 0);
+	}
+	return guard;
+}
+
+/* Maps the areas that lie in one file. */
+static void map_from(struct process *p, const struct process *owner, struct script *s)
+{
+	size_t guard = 0, *begins = calloc(p->n_areas, sizeof *begins);
+	if (!begins) abort();
+	s->n = s->n_vectors = 0;
+	open_inside(p, owner);
+	for (size_t i = 0; i < p->n_areas; i++) {
+		struct area *a = &p->areas[i];
+		while (guard < p->n_guards && p->guards[guard].end <= a->start) guard++;
+		begins[i] = s->n;
+		if (a->owner == owner) guard = add_area(p, a, guard, s);
+	}
+	if (s->n_vectors && write_to(p, s->vectors_at, s->vectors, s->n_vectors * sizeof *s->vectors))
+		refuse("process %d: %s", p->pid, strerror(errno));
+	ssize_t made = run_script(p, s->calls, s->n);
+	int reason = errno;
+	for (size_t i = 0; i < p->n_areas; i++) /* where the script ended, areas never moved */
+		if (p->areas[i].owner == owner) p->areas[i].moved = (ssize_t)begins[i] + 1 < made && s->calls[begins[i] + 1].number >= 0;
+	if (made < 0) refuse("process %d: mapping its memory file: %s", p->pid, strerror(reason));
+	for (size_t i = 0; i < s->n; i++) {
+		int64_t result = s->calls[i].number;
+		if (s->wanted[i] >= 0 && ((ssize_t)i >= made || result != s->wanted[i]))
+			refuse("process %d: mapping its memory file: %s", p->pid,
+			       (ssize_t)i < made && result < 0 ? strerror((int)-result) : "it ended before it was done");
+	}
+	free(begins);
 }
 
 static void map_back(struct process *p)
 {
-	enum { CALLS_PER_AREA = 4 };
-	size_t n = 0, guard = 0, room = p->n_areas * CALLS_PER_AREA + p->n_guards + 1;
+	struct script s = {0};
+	size_t vectors = 0, calls = p->n_areas * CALLS_PER_AREA + p->n_guards + 512 / sizeof *s.calls;
 	if (!p->n_areas) return;
-	struct call *calls = calloc(room, sizeof *calls);
-	size_t *begins = calloc(p->n_areas + 1, sizeof *begins);
-	if (!calls || !begins || begin_injection(p, room + 512 / sizeof *calls))
-		refuse("process %d: cannot make system calls in it: %s", p->pid, strerror(errno));
-	reserve_aside(p);
-	int64_t file = open_inside(p);
-	if (file < 0) refuse("process %d: %s", p->pid, strerror((int)-file));
-	uint64_t cursor = p->aside;
 	for (size_t i = 0; i < p->n_areas; i++) {
-		struct area *a = &p->areas[i];
-		int64_t start = (int64_t)a->start, length = (int64_t)(a->end - a->start);
-		a->aside = cursor + ((a->start - cursor) & (HUGE_BYTES - 1));
-		cursor = a->aside + (uint64_t)length;
-		begins[i] = n;
-		calls[n++] = are_we_there(p, file);
-		calls[n++] = (struct call){SYS_mremap, start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, (int64_t)a->aside, 0,
-					   ON_SUCCESS};
-		calls[n++] = (struct call){SYS_mmap, start, length, a->prot, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, file,
-					   (int64_t)a->offset, ON_SUCCESS};
-		if (a->advice >= 0) calls[n++] = (struct call){SYS_madvise, start, length, a->advice, 0, 0, 0, ALWAYS};
-		for (; guard < p->n_guards && p->guards[guard].start < a->end; guard++) {
-			struct span g = p->guards[guard];
-			calls[n++] = (struct call){SYS_madvise, (int64_t)g.start, (int64_t)(g.end - g.start), ADVICE_GUARD_INSTALL,
-						   0, 0, 0, ON_SUCCESS};
-		}
+		vectors += 2 * p->areas[i].n_apart;
+		calls += p->areas[i].n_apart / MOST_VECTORS + 1;
 	}
-	ssize_t made = run_script(p, calls, n);
-	int reason = errno;
-	if (made < 0) refuse("process %d: mapping its memory file: %s", p->pid, strerror(reason));
-	/* Advice may fail (a kernel without huge pages). */
-	if (made != (ssize_t)n || (calls[n - 1].go_on == ON_SUCCESS && calls[n - 1].number < 0)) {
-		/* Areas beyond the failing call never moved; nothing of theirs is aside. */
-		for (size_t i = 0; i < p->n_areas; i++) {
-			size_t move = begins[i] + 1;
-			if ((ssize_t)move >= made || calls[move].number < 0) p->areas[i].aside = 0;
-		}
-		refuse("process %d: mapping its memory file: %s", p->pid, strerror((int)-calls[made - 1].number));
+	s.calls = calloc(calls + 1, sizeof *s.calls);
+	s.wanted = calloc(calls + 1, sizeof *s.wanted);
+	s.vectors = calloc(vectors + 1, sizeof *s.vectors);
+	if (!s.calls || !s.wanted || !s.vectors || begin_injection(p, calls * sizeof *s.calls + vectors * sizeof *s.vectors))
+		refuse("process %d: cannot make system calls in it: %s", p->pid, strerror(errno));
+	s.vectors_at = p->table + offsetof(struct table, calls) + (calls + 1) * sizeof *s.calls;
+	reserve_aside(p);
+	for (size_t i = 0; i < p->n_areas; i++) {
+		struct process *owner = p->areas[i].owner;
+		size_t first = 0;
+		while (p->areas[first].owner != owner) first++;
+		if (first != i) continue;
+		close_inside(p); /* one at a time: through it scripts see that we are gone */
+		map_from(p, owner, &s);
 	}
-	free(calls);
-	free(begins);
+	free(s.calls);
+	free(s.wanted);
+	free(s.vectors);
 }
 
 static void move_back(struct process *p)
@@ -951,7 +1168,7 @@ static void move_back(struct process *p)
 	for (size_t i = 0; i < p->n_areas; i++) {
 		struct area *a = &p->areas[i];
 		int64_t length = (int64_t)(a->end - a->start);
-		if (!a->aside) continue;
+		if (!a->moved) continue;
 		calls[n++] = (struct call){SYS_mremap, (int64_t)a->aside, length, length, MREMAP_MAYMOVE | MREMAP_FIXED,
 					   (int64_t)a->start, 0, ALWAYS};
 	}
@@ -966,11 +1183,7 @@ static void finish_process(struct process *p, int undo)
 		one_call(p, SYS_munmap, p->aside, p->aside_bytes, 0, 0, 0);
 		p->aside = 0;
 	}
-	if (p->has_file) {
-		know_file(p, -1);
-		one_call(p, SYS_close, (uint64_t)p->inside_file, 0, 0, 0, 0);
-		p->has_file = 0;
-	}
+	close_inside(p);
 	end_injection(p);
 }
 
@@ -986,23 +1199,50 @@ static void undo_and_quit(void)
 
 /* ---- the conversation ----------------------------------------------------------------------------------------- */
 
+static struct process *process_of(int pid, const char *line)
+{
+	struct process *p = find_process(pid);
+	if (!p || !p->injector) refuse("order not understood: %.100s", line);
+	return p;
+}
+
+static void answer(struct wish *wishes, size_t n)
+{
+	for (size_t i = 0; i < n; i++) compare(&wishes[i]);
+	puts("compared");
+	fflush(stdout);
+}
+
 static void read_orders(void)
 {
 	char line[512];
 	struct process *p = 0;
+	struct wish *wishes = 0;
+	size_t n_wishes = 0, cap_wishes = 0;
 	while (fgets(line, sizeof line, stdin)) {
 		struct area a = {0};
-		int pid;
+		struct wish w = {0};
+		int pid, base;
 		if (!strcmp(line, "go\n")) return;
-		if (!strncmp(line, "process ", 8)) {
+		if (!strcmp(line, "answer\n")) {
+			answer(wishes, n_wishes);
+			n_wishes = 0;
+		} else if (sscanf(line, "compare %d %d %lx %lx %d", &pid, &base, &w.start, &w.end, &w.whole) == 5) {
+			w.p = process_of(pid, line);
+			w.base = process_of(base, line);
+			wishes = grow(wishes, n_wishes, &cap_wishes, sizeof w);
+			wishes[n_wishes++] = w;
+		} else if (!strncmp(line, "process ", 8)) {
 			char name[128];
 			uint64_t size;
-			if (sscanf(line, "process %d %127s %lx", &pid, name, &size) != 3 || !(p = find_process(pid)) || !p->injector)
-				refuse("order not understood: %.100s", line);
+			if (sscanf(line, "process %d %127s %lx", &pid, name, &size) != 3) refuse("order not understood: %.100s", line);
+			p = process_of(pid, line);
 			strcpy(p->name, name);
 			p->size_bytes = size;
-		} else if (p && sscanf(line, "area %lx %lx %lx %x %d %d", &a.start, &a.end, &a.offset, (unsigned *)&a.prot,
-				       &a.whole, &a.advice) == 6) {
+		} else if (p && sscanf(line, "area %lx %lx %lx %x %d %d %d", &a.start, &a.end, &a.offset, (unsigned *)&a.prot,
+				       &a.whole, &a.advice, &base) == 7) {
+			a.owner = base ? process_of(base, line) : p;
+			if (!a.owner->size_bytes) refuse("order not understood: %.100s", line);
 			p->areas = grow(p->areas, p->n_areas, &p->cap_areas, sizeof a);
 			p->areas[p->n_areas++] = a;
 		} else {

@@ -88,7 +88,8 @@ class Plan(Struct, frozen=True):
 def make_plan(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> Plan:
     """Return the plan for so many replicas at once; what is predicted is the median of them."""
     processes = tuple(_process_plans(manifest, node))
-    missing = sum(max(0, p.data_bytes - (p.resident_bytes or 0)) for p in processes)
+    # By file: processes of a tree may map the same one.
+    missing = sum(max(0, m.data_bytes - (node.resident.get(m.name) or 0)) for m in manifest.memory)
     prefetch, reason = choose_prefetch(node)
     resumed, first = _predict(manifest, node, missing, replicas)
     return Plan(

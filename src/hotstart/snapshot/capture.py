@@ -25,7 +25,10 @@ REGIONS = "regions.json"  # where each area went, and why
 
 
 class FoldedProcess(Struct, frozen=True):
-    """One process after a fold: pid inside, its memory file (None: nothing was worth mapping), where its areas went."""
+    """One process after a fold: pid inside, its memory file, where its areas went.
+
+    `memory_file` is None if nothing was worth mapping or all of it lies in the files of processes that it shares it with.
+    """
 
     pid: int
     memory_file: str | None

@@ -12,7 +12,7 @@ from typing import IO
 from hotstart.adapters.linux.native import native_program
 from hotstart.errors import FoldRefused
 from hotstart.snapshot.capture import FoldedProcess
-from hotstart.snapshot.layout import Layout, lay_out, parse_smaps
+from hotstart.snapshot.layout import Area, Block, Comparison, Layout, comparisons, lay_out, parse_smaps
 
 
 class Fold:
@@ -58,7 +58,7 @@ class Fold:
 
         Raises FoldRefused, with all processes as they were, for example when the disk is full.
         """
-        layouts = {pid: _read_layout(pid) for pid in self.pids}
+        layouts = self._lay_out_all()
         names = {pid: name_of(i) for i, pid in enumerate(self.pids)}
         orders = []
         for pid, layout in layouts.items():
@@ -66,17 +66,14 @@ class Fold:
                 continue
             orders.append(f"process {pid} {names[pid]} {layout.size_bytes:x}\n")
             orders += [
-                f"area {p.area.start:x} {p.area.end:x} {p.offset:x} {p.protection_bits:x} {int(p.whole)} {p.advice}\n"
+                f"area {p.area.start:x} {p.area.end:x} {p.offset:x} {p.protection_bits:x} {int(p.whole)} {p.advice} "
+                f"{0 if p.base is None else self.pids[p.base]}\n"
                 for p in layout.placed
             ]
-        try:
-            self._orders.write("".join([*orders, "go\n"]).encode())
-            self._orders.flush()
-        except BrokenPipeError:
-            pass  # it refused and left; its reason is the next thing to read
+        self._say(*orders, "go\n")
         copied = {int(pid): int(size) for word, pid, size in map(str.split, self._until("folded")) if word == "copied"}
         return [
-            FoldedProcess(_inner_pid(pid), names[pid] if layout.placed else None, layout, copied.get(pid, 0))
+            FoldedProcess(_inner_pid(pid), names[pid] if layout.data_end else None, layout, copied.get(pid, 0))
             for pid, layout in layouts.items()
         ]
 
@@ -86,6 +83,37 @@ class Fold:
         self._orders.flush()
         for _ in self._until("released"):
             pass
+
+    def _lay_out_all(self) -> dict[int, Layout]:
+        layouts: dict[int, Layout] = {}
+        for pid in self.pids:
+            areas = _read_areas(pid)
+            wanted = comparisons(areas, tuple(layouts.values()))
+            layouts[pid] = lay_out(areas, self._compare(pid, wanted) if wanted else ())
+        return layouts
+
+    def _compare(self, pid: int, wanted: list[Comparison]) -> list[Block]:
+        orders = [f"compare {pid} {self.pids[c.base]} {c.start:x} {c.end:x} {int(c.whole)}\n" for c in wanted]
+        self._say(*orders, "answer\n")
+        place = {base: i for i, base in enumerate(self.pids)}
+        asked = iter(wanted)
+        comparison = next(asked)
+        blocks: list[Block] = []
+        for line in self._until("compared"):
+            _, _, base, start, end, same, different, zero = line.split()
+            at = int(start, 16)
+            while comparison.base != place[int(base)] or not comparison.start <= at < comparison.end:
+                comparison = next(asked)
+            offset = comparison.offset + at - comparison.start
+            blocks.append(Block(comparison.base, at, int(end, 16), offset, int(same), int(different), int(zero)))
+        return blocks
+
+    def _say(self, *lines: str) -> None:
+        try:
+            self._orders.write("".join(lines).encode())
+            self._orders.flush()
+        except BrokenPipeError:
+            pass  # it refused and left; its reason is the next thing to read
 
     def _until(self, last: str) -> list[str]:
         lines: list[str] = []
@@ -99,9 +127,9 @@ class Fold:
         raise FoldRefused("the fold program ended unexpectedly")
 
 
-def _read_layout(pid: int) -> Layout:
+def _read_areas(pid: int) -> list[Area]:
     with open(f"/proc/{pid}/smaps", "rb") as f:
-        return lay_out(parse_smaps(f.read()))
+        return parse_smaps(f.read())
 
 
 def _inner_pid(pid: int) -> int:
