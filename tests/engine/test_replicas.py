@@ -87,6 +87,35 @@ def test_a_replica_can_itself_be_snapshotted(hotstart):
     assert (after["counter"], after["checksum"]) == (1, checksum)
 
 
+def test_a_plain_dump_of_what_has_memory_mapped_has_those_memory_files(hotstart):
+    hotstart.run("w", tiny_worker())
+    take(hotstart, "first", "w", keep=True)
+    ask(hotstart, "w", "POST", "/count")
+    take(hotstart, "of-folded", "w", keep=True, fold=False)
+    name = hotstart.restore("first")[0].name
+    ask(hotstart, name, "POST", "/fill", b'{"byte": 9}')
+    checksum = state_of(hotstart, name)["checksum"]
+    take(hotstart, "of-replica", name, keep=True, fold=False)
+    hotstart.remove_snapshot("first")
+    counter, filled = (state_of(hotstart, hotstart.restore(s)[0].name) for s in ("of-folded", "of-replica"))
+    assert counter["counter"] == 1
+    assert filled["checksum"] == checksum == state_of(hotstart, name)["checksum"]
+
+
+def test_the_snapshot_that_a_worker_has_memory_of_may_be_removed(hotstart):
+    hotstart.run("w", tiny_worker())
+    take(hotstart, "first", "w", keep=True)
+    hotstart.remove_snapshot("first")
+    ask(hotstart, "w", "POST", "/count")
+    take(hotstart, "second", "w", keep=True, wait_stored=True)
+    assert hotstart.snapshots.open("second").digested
+    replica = hotstart.restore("second")[0].name
+    hotstart.remove_snapshot("second")
+    ask(hotstart, replica, "POST", "/count")
+    take(hotstart, "third", replica)
+    assert state_of(hotstart, hotstart.restore("third")[0].name)["counter"] == 2
+
+
 def test_without_keep_the_worker_is_gone(hotstart):
     hotstart.run("w", tiny_worker())
     take(hotstart, source="w")

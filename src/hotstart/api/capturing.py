@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
@@ -15,13 +15,13 @@ from hotstart.adapters.criu.dumper import CriuDumper
 from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter_command
 from hotstart.adapters.linux.host import host_fingerprint, needed_files
 from hotstart.adapters.linux.pagecache import populate
-from hotstart.adapters.linux.procfs import memory_bytes, tree
+from hotstart.adapters.linux.procfs import mapped_files, memory_bytes, tree
 from hotstart.api.recording import restore_and_record, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError, NotFound
 from hotstart.snapshot.capture import REGIONS, Captured, FoldedProcess, Source, capture
 from hotstart.snapshot.codec import encode
-from hotstart.snapshot.layout import Placed
+from hotstart.snapshot.layout import MEMORY_FOLDER, TAIL_BYTES, Placed
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
 from hotstart.snapshot.secrets import secret_names
 from hotstart.snapshot.warmup import Oracle, Request
@@ -115,7 +115,7 @@ def take_snapshot(
             folder, state = starting.folder, starting.state()
         progressing.stage("warming up")
         oracle = hotstart_.warm_up(state, folder.door, options.warmup, options.oracle_ignore) or state.oracle
-        _require_room(hotstart_, state)
+        _require_room(hotstart_, state, fold=options.fold)
         ready = time.monotonic()
         progressing.stage("capturing")
         local, captured = _capture(hotstart_, partial, name, state, oracle, options)
@@ -153,9 +153,10 @@ def take_snapshot(
     )
 
 
-def _require_room(hotstart_: Hotstart, state: SandboxState) -> None:
-    """Fail before anything is frozen if the memory will not fit on the disk."""
-    needed = sum(m.get("Anonymous", 0) + m.get("Swap", 0) for m in map(memory_bytes, tree(state.host_root_pid())))
+def _require_room(hotstart_: Hotstart, state: SandboxState, *, fold: bool) -> None:
+    """Fail before anything is frozen if the memory will not fit on the disk. What processes share is folded once."""
+    kinds = ("Pss_Anon", "SwapPss") if fold else ("Anonymous", "Swap")
+    needed = sum(m.get(kind, 0) for m in map(memory_bytes, tree(state.host_root_pid())) for kind in kinds)
     st = os.statvfs(hotstart_.snapshots.memory_root)
     free = st.f_bavail * st.f_frsize
     if free < needed:
@@ -182,6 +183,7 @@ def _capture(
     generation = os.urandom(4).hex()
     memory_folder = os.path.join(hotstart_.snapshots.memory_root, state.memory_id)
     processes = {_inner_pid(pid): _process(pid) for pid in pids}
+    mapped_before = {_inner_pid(pid): _memory_names(mapped_files(pid)) for pid in pids}
     captured = capture(
         Source(state.init_pid, root_pid, memory_folder, state.memory_id, generation),
         partial.folder,
@@ -196,9 +198,13 @@ def _capture(
         for p in captured.folded
         if p.memory_file
     ]
-    memory += _older_memory(hotstart_, state, captured)
-    memory_file = {p.pid: file for p in captured.folded if (file := _memory_file_of(p, captured.folded))}
-    folded = {p.pid for p in captured.folded}
+    older = {p.pid: _memory_names({k.area.path for k in p.layout.kept}) for p in captured.folded} or mapped_before
+    memory += _older_memory(hotstart_, state, {name for names in older.values() for name in names})
+    memory_file = {pid: min(names) for pid, names in older.items() if names}
+    memory_file |= {
+        p.pid: f"{state.memory_id}/{file}" for p in captured.folded if (file := _memory_file_of(p, captured.folded))
+    }
+    folded = {p.pid for p in captured.folded} | memory_file.keys()
     _write_regions(os.path.join(partial.folder, REGIONS), captured)
     manifest = Manifest(
         name=name,
@@ -211,7 +217,7 @@ def _capture(
         processes=tuple(
             structs.replace(
                 process,
-                memory_file=f"{state.memory_id}/{memory_file[pid]}" if pid in memory_file else None,
+                memory_file=memory_file.get(pid),
                 strategy="mapped" if pid in folded else "copied",
             )
             for pid, process in processes.items()
@@ -236,20 +242,26 @@ def _memory_file_of(process: FoldedProcess, folded: Sequence[FoldedProcess]) -> 
     return folded[max(shared, key=shared.__getitem__)].memory_file if shared else None
 
 
-def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) -> list[MemoryFile]:
-    """Memory files of the snapshot that this worker is a replica of, and of earlier captures, that are still mapped."""
-    mapped = {
-        k.area.path.rpartition("/mem/")[2] for p in captured.folded for k in p.layout.kept if "/mem/" in k.area.path
+def _memory_names(paths: set[str]) -> set[str]:
+    """Memory files, by name, among the paths that a process has mapped."""
+    return {
+        p.removeprefix(f"{MEMORY_FOLDER}/").removesuffix(" (deleted)") for p in paths if p.startswith(MEMORY_FOLDER)
     }
-    if not mapped:
-        return []
-    known = {m.name: m for name in hotstart_.snapshots.names() for m in hotstart_.snapshots.open(name).manifest.memory}
-    missing = mapped - known.keys()
-    if missing:
-        raise HotstartError(
-            f"{state.name} has mapped memory of a snapshot that was removed: restore it again from one that exists"
-        )
-    return [structs.replace(known[name], index="") for name in sorted(mapped)]
+
+
+def _older_memory(hotstart_: Hotstart, state: SandboxState, names: set[str]) -> Iterator[MemoryFile]:
+    """Describe memory files of the snapshot that this worker is a replica of, and of earlier captures, that are still mapped.
+
+    They are there for as long as a worker has them mapped, even if no snapshot names them any more.
+    """
+    for name in sorted(names):
+        try:
+            st = os.stat(os.path.join(hotstart_.snapshots.memory_root, name))
+        except OSError as e:
+            raise HotstartError(
+                f"{state.name} has mapped memory of a snapshot that was removed: restore it again from one that exists"
+            ) from e
+        yield MemoryFile(name, st.st_size, st.st_size - TAIL_BYTES, st.st_blocks * 512, "")
 
 
 def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progressing: Progressing) -> LocalSnapshot:

@@ -184,6 +184,8 @@ def _inspect(arguments: list[str]) -> int:
         if options.json:
             print_json(regions)
             return 0
+        if not regions:
+            print("a plain dump: what was not mapped before is in CRIU's images, and copied by a restore")
         for pid, areas in regions.items():
             print(f"process {pid}")
             print_table(

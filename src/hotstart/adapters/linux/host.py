@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 
+from hotstart.adapters.linux.procfs import mapped_files
 from hotstart.restore.plan import FileFact
 from hotstart.snapshot.manifest import HostFingerprint, NeededFile
 from hotstart.snapshot.worker import PRIVATE_FOLDERS
@@ -51,10 +52,9 @@ def needed_files(pids: Iterable[int], host_folders: tuple[str, ...]) -> tuple[Ne
     paths: set[str] = set()
     root = ""
     for pid in pids:
-        with suppress(OSError):  # it ended, or closed a file, while we looked
+        if found := mapped_files(pid):  # else it ended while we looked
             root = f"/proc/{pid}/root"
-            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as f:
-                paths |= {fields[5].rstrip("\n") for line in f if len(fields := line.split(maxsplit=5)) == 6}
+            paths |= found
         for fd in _listed(f"/proc/{pid}/fd"):
             with suppress(OSError):
                 paths.add(os.readlink(f"/proc/{pid}/fd/{fd}"))

@@ -57,6 +57,15 @@ def cpu_seconds(pids: list[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def mapped_files(pid: int) -> set[str]:
+    """Paths of what a process has mapped, as it sees them, ' (deleted)' included; empty if it is gone."""
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as f:
+            return {fields[5].rstrip("\n") for line in f if len(fields := line.split(maxsplit=5)) == 6}
+    except OSError:
+        return set()
+
+
 def process_start_clock() -> float:
     """CLOCK_MONOTONIC seconds at which this process started (to 10 ms, rounded towards the past)."""
     import time
