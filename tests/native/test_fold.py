@@ -31,7 +31,7 @@ REFUSED = {
     "trees-asynchronous_reads": "asynchronous I/O",
     "trees-own_dispatch": "dispatches system calls itself",
 }
-NEEDS_THE_SHIM = ("memory-discarded",)
+NEEDS_THE_SHIM = ("memory-discarded", "objects-remapping", "objects-throwing_away")
 RESTORED = (
     "memory-heap",
     "memory-sparse_mappings",
@@ -48,6 +48,14 @@ RESTORED = (
     "trees-in_flight",
     "families-preforked",
     "families-grown_apart",
+    "objects-remapping",
+    "objects-throwing_away",
+    "objects-shared_between_processes",
+    "objects-timers",
+    "objects-full_queues",
+    "objects-nameless_files",
+    "objects-many_threads",
+    "objects-later_births",
 )
 
 

@@ -8,6 +8,7 @@ import select
 import subprocess
 from collections.abc import Callable
 
+from hotstart.adapters.criu.images import rearm_timers
 from hotstart.adapters.criu.program import Criu, why_it_failed
 from hotstart.errors import HotstartError
 
@@ -70,6 +71,7 @@ class CriuDumper:
                     f"CRIU could not dump the worker: {why or f'exit status {program.returncode}, and no word why'}"
                 )
             os.unlink(os.path.join(images, "dump.log"))
+            rearm_timers(os.path.join(images, "files.img"))
         finally:
             for fd in (images_fd, frozen, alive):
                 if fd >= 0:
