@@ -178,12 +178,12 @@ class Memory:
         return [(a.start, a.end, a.protection, a.offset if a.inode else 0, a.inode, a.path) for a in self.areas]
 
     def differences(self, after: Memory, *, frozen: bool = False) -> list[str]:
-        """Pages of ours that are other now, but for the word that the kernel keeps in one thread's rseq area.
+        """Pages of ours that are other now, but for the word that the kernel keeps in each thread's rseq area.
 
         While it is frozen, the padding of the vDSO holds the fold's code.
         """
         found: list[str] = []
-        allowed = 1
+        allowed = len(os.listdir(f"/proc/{after._pid}/task"))
         if not self._pages:
             return found
         with open(f"/proc/{after._pid}/mem", "rb", buffering=0) as mem:

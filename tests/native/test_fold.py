@@ -160,7 +160,7 @@ def orders(pid, name):
         yield f"area {area} {int(p.whole)} {p.advice} 0"
 
 
-@pytest.mark.long  # an area that is just being moved is not covered (fold.c): on a busy machine a program is lost now and then
+@pytest.mark.long
 @pytest.mark.parametrize(
     "behaviour",
     ["threads-hammers", "threads-registers_of_the_first", "signals-waiting_calls", "trees-in_flight", "memory-churn"],

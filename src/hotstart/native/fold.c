@@ -26,9 +26,9 @@
  *
  * If this program is killed, the kernel lets every thread go on from where it stands. Therefore the thread that makes our
  * calls always stands in front of code that restores it, and before each area it looks whether we still hold a lock that the
- * kernel drops with us: areas that were moved have the same contents as those that were not. What stays behind is address
- * space and a word of padding. Not covered is one area in flight, if the thread is preempted in it; and, where the vDSO has
- * no room, a fraction of a millisecond for each process (bring_in_code).
+ * kernel drops with us: areas that were moved have the same contents as those that were not. All other threads stand in front
+ * of code that waits until it is done, and restores them then. What stays behind is address space. Not covered is, where the
+ * vDSO has no room, a fraction of a millisecond for each process (bring_in_code); and threads that cannot make system calls.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -80,6 +80,12 @@ struct sud_config { uint64_t mode, selector, offset, length; };
 enum { GET_SYSCALL_USER_DISPATCH = 0x4211 };
 
 struct span { uint64_t start, end; };
+struct waiter {                          /* a thread that is not the injector, while areas are in flight */
+	pid_t tid;
+	struct user_regs_struct saved;
+	struct __ptrace_rseq_configuration rseq;
+	uint64_t mask, code;
+};
 struct area {
 	uint64_t start, end, offset, aside;
 	int prot, whole, advice, moved;
@@ -115,6 +121,9 @@ struct process {
 	uint64_t mask, vdso_syscall, vdso_room, code, table, table_bytes, aside, aside_bytes;
 	uint64_t covered[128];           /* what the code lies upon; in a page of its own (code == own_page) nothing */
 	uint64_t own_page;
+	struct waiter *waiters;
+	size_t n_waiters;
+	uint64_t waiting_room, waiting_bytes; /* each one's code */
 };
 
 static struct process **processes, *by_pid[1 << 22]; /* 4194304: the kernel's PID_MAX_LIMIT */
@@ -163,10 +172,11 @@ struct knowledge {
 	int64_t file;
 	struct flock lock;
 	uint64_t rseq, rseq_bytes, rseq_signature;
+	uint64_t gate;                   /* where the word stands that all other threads wait for */
 };
 _Static_assert(offsetof(struct knowledge, mask) == 216 && offsetof(struct knowledge, file) == 224 &&
-	       offsetof(struct knowledge, lock) == 232 && offsetof(struct knowledge, rseq) == 264, "the offsets in the code");
-_Static_assert(SYS_fcntl == 72 && F_OFD_SETLKW == 38 && SYS_rt_sigprocmask == 14 && SIG_SETMASK == 2 && SYS_close == 3 &&
+	       offsetof(struct knowledge, lock) == 232 && offsetof(struct knowledge, rseq) == 264 && offsetof(struct knowledge, gate) == 288, "the offsets in the code");
+_Static_assert(SYS_sched_yield == 24 && SYS_fcntl == 72 && F_OFD_SETLKW == 38 && SYS_rt_sigprocmask == 14 && SIG_SETMASK == 2 && SYS_close == 3 &&
 	       SYS_rseq == 334, "the calls in the code");
 
 #define KNOWN(offset) "known + " #offset "(%rip)"
@@ -204,7 +214,12 @@ __asm__(".pushsection .rodata\n"
 	"	jmp code_farewell\n"
 	"code_call:\n"                       /* a single call with the registers that we set */
 	"	syscall\n"
-	"code_farewell:\n"                   /* we are gone */
+	"code_farewell:\n"                   /* we are gone: all areas are whole, the others may go on */
+	"	mov " KNOWN(288) ", %rdi\n"
+	"	test %rdi, %rdi\n"
+	"	jz 6f\n"
+	"	movq $1, (%rdi)\n"
+	"6:"
 	"	mov " KNOWN(264) ", %rdi\n"
 	"	test %rdi, %rdi\n"
 	"	jz 4f\n"
@@ -248,14 +263,21 @@ __asm__(".pushsection .rodata\n"
 	"	mov " KNOWN(104) ", %rsi\n"
 	"	mov " KNOWN(112) ", %rdi\n"
 	"	jmp *" KNOWN(128) "\n"
+	"code_waits:\n"                      /* what the other threads do if we are gone, until the injector is done */
+	"	mov " KNOWN(288) ", %rax\n"
+	"	cmpq $0, (%rax)\n"
+	"	jne code_farewell\n"
+	"	mov $24, %eax\n"            /* sched_yield() */
+	"	syscall\n"
+	"	jmp code_waits\n"
 	"	.balign 8\n"
 	"known:\n"
 	".popsection\n");
-extern const char code_begins[], code_call[], code_farewell[], known[];
+extern const char code_begins[], code_call[], code_farewell[], code_waits[], known[];
 #define CODE_BYTES ((size_t)(known - code_begins))
 #define ALL_BYTES (CODE_BYTES + sizeof(struct knowledge))
 
-struct table { uint64_t done; struct call calls[]; }; /* in memory that the process may write to */
+struct table { uint64_t done, gate; struct call calls[]; }; /* in memory that the process may write to */
 
 /* ---- stops ---------------------------------------------------------------------------------------------------- */
 
@@ -407,12 +429,22 @@ static int know_file(struct process *p, int64_t file)
 	return poke(p, p->code + CODE_BYTES + offsetof(struct knowledge, file), &file, sizeof file);
 }
 
+static int know_gate(struct process *p, uint64_t gate)
+{
+	return poke(p, p->code + CODE_BYTES + offsetof(struct knowledge, gate), &gate, sizeof gate);
+}
+
+static struct knowledge knowledge_of(struct process *p)
+{
+	return (struct knowledge){.regs = as_restarted(p->saved), .mask = p->mask, .file = -1,
+				  .lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_len = 1},
+				  .rseq = p->rseq.rseq_abi_pointer, .rseq_bytes = p->rseq.rseq_abi_size,
+				  .rseq_signature = p->rseq.signature};
+}
+
 static int write_code(struct process *p, uint64_t at)
 {
-	struct knowledge k = {.regs = as_restarted(p->saved), .mask = p->mask, .file = -1,
-			      .lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_len = 1},
-			      .rseq = p->rseq.rseq_abi_pointer, .rseq_bytes = p->rseq.rseq_abi_size,
-			      .rseq_signature = p->rseq.signature};
+	struct knowledge k = knowledge_of(p);
 	return poke(p, at, code_begins, CODE_BYTES) || poke(p, at + CODE_BYTES, &k, sizeof k) ? -1 : 0;
 }
 
@@ -471,6 +503,90 @@ static const char *why_not_inject(struct process *p)
 	return 0;
 }
 
+/* ---- the other threads, while areas are in flight ---------------------------------------------------------------- */
+
+/* Makes a waiter the one that we make calls in, or the injector again. */
+static void swap_roles(struct process *p, struct waiter *w)
+{
+	struct waiter other = {p->injector, p->saved, p->rseq, p->mask, p->code};
+	p->injector = w->tid;
+	p->saved = w->saved;
+	p->rseq = w->rseq;
+	p->mask = w->mask;
+	p->code = w->code;
+	*w = other;
+}
+
+/* Lets the thread stand in front of code that waits until the injector is done. It runs that only if we are killed. */
+static int hold(struct process *p, int memory)
+{
+	uint64_t everything = ~0UL;
+	struct knowledge k;
+	struct user_regs_struct r;
+	leave_rseq(p);
+	k = knowledge_of(p);
+	k.gate = p->table + offsetof(struct table, gate);
+	if (pwrite(memory, code_begins, CODE_BYTES, (off_t)p->code) != (ssize_t)CODE_BYTES ||
+	    pwrite(memory, &k, sizeof k, (off_t)(p->code + CODE_BYTES)) != (ssize_t)sizeof k)
+		return -1;
+	r = p->saved;
+	r.rip = p->code + (uint64_t)(code_waits - code_begins);
+	r.orig_rax = (uint64_t)-1;
+	if (ptrace(PTRACE_SETREGS, p->injector, 0, &r) || ptrace(PTRACE_SETSIGMASK, p->injector, 8, &everything)) return -1;
+	/* Nothing is in flight yet: who is killed in this call leaves threads that go on. */
+	if (set_rseq(p, RSEQ_UNREGISTER) < 0) return -1;
+	return ptrace(PTRACE_SETREGS, p->injector, 0, &r);
+}
+
+static void let_go_on(struct process *p)
+{
+	set_rseq(p, 0); /* fails if it never was unregistered */
+	ptrace(PTRACE_SETSIGMASK, p->injector, 8, &p->mask);
+	ptrace(PTRACE_SETREGS, p->injector, 0, &p->saved);
+}
+
+static int hold_others(struct process *p)
+{
+	char path[64];
+	size_t each = (ALL_BYTES + 63) & -64UL;
+	int64_t at;
+	if (p->n_threads < 2) return 0;
+	p->waiters = calloc(p->n_threads, sizeof *p->waiters);
+	if (!p->waiters) abort();
+	p->waiting_bytes = (p->n_threads * each + PAGE - 1) & -PAGE;
+	at = one_call(p, SYS_mmap, 0, p->waiting_bytes, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	if (at < 0) { errno = (int)-at; return -1; }
+	p->waiting_room = (uint64_t)at;
+	snprintf(path, sizeof path, "/proc/%d/mem", p->injector);
+	int memory = open(path, O_RDWR | O_CLOEXEC), failed = memory < 0;
+	for (size_t i = 0; i < p->n_threads && !failed; i++) {
+		struct waiter w = {.tid = p->threads[i], .code = p->waiting_room + i * each};
+		if (w.tid == p->injector) continue;
+		if (ptrace(PTRACE_GETREGS, w.tid, 0, &w.saved) || ptrace(PTRACE_GETSIGMASK, w.tid, 8, &w.mask)) { failed = 1; break; }
+		swap_roles(p, &w);
+		int excused = why_not_inject(p) != 0; /* it stays as it is: at risk if we are killed */
+		if (!excused) failed = hold(p, memory);
+		swap_roles(p, &w);
+		if (!excused) p->waiters[p->n_waiters++] = w;
+	}
+	if (memory >= 0) close(memory);
+	return failed ? -1 : 0;
+}
+
+static void release_others(struct process *p)
+{
+	for (size_t i = 0; i < p->n_waiters; i++) {
+		swap_roles(p, &p->waiters[i]);
+		let_go_on(p);
+		swap_roles(p, &p->waiters[i]);
+	}
+	p->n_waiters = 0;
+	if (p->waiting_room) one_call(p, SYS_munmap, p->waiting_room, p->waiting_bytes, 0, 0, 0);
+	p->waiting_room = 0;
+	free(p->waiters);
+	p->waiters = 0;
+}
+
 static int begin_injection(struct process *p, size_t bytes)
 {
 	if (ptrace(PTRACE_GETREGS, p->injector, 0, &p->saved)) return -1;
@@ -486,14 +602,17 @@ static int begin_injection(struct process *p, size_t bytes)
 	int64_t r = one_call(p, SYS_mmap, 0, p->table_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
 	if (r < 0) { errno = (int)-r; return -1; }
 	p->table = (uint64_t)r;
+	if (know_gate(p, p->table + offsetof(struct table, gate))) return -1;
 	r = set_rseq(p, RSEQ_UNREGISTER);
 	if (r < 0) { errno = (int)-r; return -1; }
-	return 0;
+	return hold_others(p);
 }
 
 static void end_injection(struct process *p)
 {
 	if (!p->injecting) return;
+	if (p->code) release_others(p);
+	if (p->code && p->table) know_gate(p, 0);
 	if (p->code) set_rseq(p, 0); /* fails if it never was unregistered */
 	if (p->table) one_call(p, SYS_munmap, p->table, p->table_bytes, 0, 0, 0);
 	uint64_t code = p->code;
