@@ -18,6 +18,7 @@ STAGES = (
     "files",
     "init",
     "criu",
+    "renew",
     "notice",
     "first_answer",
 )
@@ -28,6 +29,7 @@ _INIT_EVENTS = {
     "files": "files",
     "started": "init",
     "restored": "criu",
+    "renewed": "renew",
 }
 
 
@@ -35,6 +37,7 @@ class Receipt(Struct, frozen=True):
     """Seconds of each stage, in order, each measured for itself; what of `total_s` none of them accounts for is the last one.
 
     The clock starts when the restore was asked for and ends at the first correct answer, or at the resume if nobody asked.
+    `unrenewed` are pids inside that may draw random numbers that other replicas draw, "PID:WHAT" where it is only WHAT.
     """
 
     replica: str
@@ -48,6 +51,7 @@ class Receipt(Struct, frozen=True):
     oracle_ok: bool | None
     predicted_resumed_s: float | None
     predicted_first_answer_s: float | None
+    unrenewed: tuple[str, ...] = ()
 
 
 def stages_of_init(events: Mapping[str, Span]) -> dict[str, Span]:
