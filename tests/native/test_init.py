@@ -359,7 +359,7 @@ def test_each_step_is_reported_with_its_own_beginning_and_end(box):
 RENEWING = """
 import os, signal, time
 os.makedirs("/run/hotstart/renewal")
-def process(*answers):
+def process(*answers, at=1):
     pid = os.fork()
     if pid:
         return pid
@@ -367,11 +367,12 @@ def process(*answers):
         for answer in answers:
             with open("/run/hotstart/renewal/.answers", "w") as f:
                 f.write(f"{os.getpid()}{answer}\\n")
-    signal.signal(signal.SIGURG, say)
+    heard = []
+    signal.signal(signal.SIGURG, lambda *_: heard.append(1) or len(heard) < at or say())
     open(f"/run/hotstart/renewal/{os.getpid()}", "w").close()
     while True:
         time.sleep(60)
-process("")
+process("", at=3)
 process(" numpy,torch")
 process()
 for nobody in (1, 99999, os.getpid(), "word"):

@@ -525,7 +525,7 @@ static void relay(struct end *e, uint32_t events)
 
 /* ---- renewal: what must not be the same in two replicas ------------------------------------------------------ */
 
-enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, LOOK_AGAIN_MS = 10 };
+enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, AGAIN_MS = 2 };
 
 struct renewal { pid_t *pids; size_t count; char unrenewed[300]; };
 
@@ -581,9 +581,15 @@ static void wait_for_answers(struct renewal *r, int answers, double began)
 	struct pollfd p = {.fd = answers, .events = POLLIN};
 	while (r->count) {
 		int passed_ms = (int)((monotonic() - began) * 1000), awake = 0;
-		for (size_t i = 0; i < r->count && passed_ms >= PATIENCE_MS; i++) awake += !sleeps(r->pids[i]);
-		if (passed_ms >= MOST_PATIENCE_MS || (passed_ms >= PATIENCE_MS && !awake)) break;
-		if (poll(&p, 1, passed_ms < PATIENCE_MS ? PATIENCE_MS - passed_ms : LOOK_AGAIN_MS) <= 0) continue;
+		if (poll(&p, 1, AGAIN_MS) == 0) {
+			/* The signal may have come before the restored thread took up its call again: then nothing has ended that. */
+			for (size_t i = 0; i < r->count; i++) {
+				if (!sleeps(r->pids[i])) awake = 1;
+				else kill(r->pids[i], SIGURG);
+			}
+			if (passed_ms >= MOST_PATIENCE_MS || (passed_ms >= PATIENCE_MS && !awake)) break;
+			continue;
+		}
 		ssize_t n = read(answers, text + filled, sizeof text - filled);
 		if (n <= 0) continue;
 		filled += (size_t)n;
