@@ -345,7 +345,7 @@ def test_the_worker_sdk_is_documented_whole():
     public = {
         name
         for name, value in vars(sdk).items()
-        if callable(value) and getattr(value, "__module__", "") == sdk.__name__
+        if callable(value) and getattr(value, "__module__", "") == sdk.__name__ and not name.startswith("_")
     }
     documented = {
         re.match(r"\w+", spans(first)[0])[0] for first, *_ in rows(text_of("docs/worker-sdk.md")) if spans(first)

@@ -135,7 +135,7 @@ def take_snapshot(
                 hotstart_.remove(trial, force=True)
             hotstart_.remove_snapshot(name)
             raise
-        write_identity(state.init_pid, state.name, "worker")
+        write_identity(state.init_pid, state.name, "worker", state.address)
         if not starting and not options.keep:
             hotstart_.remove(state.name, force=True)
     return SnapshotTaken(

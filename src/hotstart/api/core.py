@@ -275,13 +275,16 @@ class Hotstart:
         """Gather what a plan needs to know of this machine."""
         from hotstart.adapters.linux.host import file_facts, free_memory_bytes, host_fingerprint
         from hotstart.adapters.linux.node import read_bandwidth
-        from hotstart.adapters.linux.pagecache import resident_part
+        from hotstart.adapters.linux.pagecache import resident_bytes
 
         resident: dict[str, int | None] = {}
         for memory in manifest.memory:
-            with suppress(OSError):
-                part = resident_part(os.path.join(self.snapshots.memory_root, memory.name), memory.data_end)
-                resident[memory.name] = None if part is None else int(part * memory.data_bytes)
+            with (
+                suppress(OSError),
+                open(os.path.join(self.snapshots.memory_root, memory.name), "rb") as f,
+            ):
+                there = resident_bytes(f.fileno(), [(0, memory.data_end)])  # holes that were read count, too
+                resident[memory.name] = None if there is None else min(there, memory.data_bytes)
         local = manifest.name in self.snapshots.names()
         cold = WorkingSetFacts()
         if local and any(resident.get(m.name) != m.data_bytes for m in manifest.memory):

@@ -24,7 +24,7 @@ from hotstart.restore.plan import Plan
 from hotstart.restore.receipt import Receipt, Span, measure_stages, stages_of_init
 from hotstart.snapshot.layout import MEMORY_FOLDER
 from hotstart.snapshot.sandbox import Bind, SandboxSpec
-from hotstart.snapshot.worker import SUPPORT_FOLDER
+from hotstart.snapshot.worker import RENEWAL_FOLDER, SUPPORT_FOLDER
 from hotstart.store.local import LocalSnapshot
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class RestoringReplicas:
         self._cgroups.append(make_cgroups(folder.path, worker.memory_bytes, worker.cpus))
         os.mkdir(folder.file("work"))
         with open(folder.file("identity"), "wb") as f:
-            f.write(identity_document(folder.name, "replica", self._environment))
+            f.write(identity_document(folder.name, "replica", self._addresses[i], self._environment))
         images_fd = os.open(self._local.path("images"), os.O_RDONLY | os.O_DIRECTORY)
         work_fd = os.open(folder.file("work"), os.O_RDONLY | os.O_DIRECTORY)
         self._stack.callback(os.close, images_fd)
@@ -156,6 +156,7 @@ class RestoringReplicas:
             cgroups=self._cgroups[-1],
             restored_log_fd=LOG_FD,
             keep_fds=(images_fd, work_fd),
+            renewal=RENEWAL_FOLDER,
         )
         self._replicas.append(Replica(folder.name, spec))
 
@@ -253,4 +254,5 @@ class RestoringReplicas:
             predicted_first_answer_s=self._plan.predicted_first_answer_s,
             working_set_missing=self._plan.working_set_missing,
             prefetched=self._plan.prefetch,
+            unrenewed=replica.running.unrenewed,
         )

@@ -22,6 +22,8 @@
  *   -p PID           the root's pid inside; the worker is started with it, a restored tree has it
  *   -r FD            restore: PROGRAM is CRIU; the write end of the log pipe is passed to it as descriptor FD
  *   -K FD            keep FD open for PROGRAM (repeatable)
+ *   -n DIR           renewal: made for a worker; whoever of a restored tree has left a file named like its pid there gets
+ *                    SIGURG, and says in DIR/.answers, "PID [WHAT IT COULD NOT]", that it has renewed itself
  *
  * What stands as | is the byte 0x1f: paths may hold anything that people type.
  *
@@ -29,6 +31,7 @@
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/close_range.h>
@@ -37,6 +40,7 @@
 #include <linux/seccomp.h>
 #include <net/if.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
@@ -70,7 +74,7 @@ struct publish { int fd, port; };
 
 static struct {
 	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid;
-	char *hostname, *workdir;
+	char *hostname, *workdir, *renewal;
 	struct pair binds[MAX_LIST], copies[MAX_LIST];
 	struct publish publishes[MAX_LIST];
 	int cgroups[MAX_LIST], keeps[MAX_LIST];
@@ -121,7 +125,7 @@ static struct pair split_pair(char *text, int writable)
 static char **parse(int argc, char **argv)
 {
 	int o;
-	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:")) != -1) {
+	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:n:")) != -1) {
 		switch (o) {
 		case 's': opt.status = atoi(optarg); break;
 		case 'l': opt.lifeline = atoi(optarg); break;
@@ -131,6 +135,7 @@ static char **parse(int argc, char **argv)
 		case 'h': opt.hostname = optarg; break;
 		case 'c': opt.workdir = optarg; break;
 		case 'u': opt.pack = atoi(optarg); break;
+		case 'n': opt.renewal = optarg; break;
 		case 'p': opt.root_pid = atoi(optarg); break;
 		case 'r': opt.is_restore = 1; opt.restore_fd = atoi(optarg); break;
 		case 'g': ADD(opt.cgroups, opt.n_cgroups, atoi(optarg)); break;
@@ -229,6 +234,10 @@ static void make_mounts(void)
 		close(tree[i]);
 	}
 	for (int i = 0; i < opt.n_copies; i++) copy_small(&opt.copies[i], file[i]);
+	if (opt.renewal && !opt.is_restore) {
+		make_folders(opt.renewal);
+		if (chmod(opt.renewal, 01777)) die(opt.renewal); /* for processes that give up being root */
+	}
 }
 
 static void loopback_up(void)
@@ -514,6 +523,118 @@ static void relay(struct end *e, uint32_t events)
 	arm(other);
 }
 
+/* ---- renewal: what must not be the same in two replicas ------------------------------------------------------ */
+
+enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, AGAIN_MS = 2 };
+
+struct renewal { pid_t *pids; size_t count; char unrenewed[300]; };
+
+static size_t read_text(const char *path, char *text, size_t size)
+{
+	int f = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n = f < 0 ? 0 : read(f, text, size - 1);
+	if (f >= 0) close(f);
+	text[n < 0 ? 0 : n] = 0;
+	return n < 0 ? 0 : (size_t)n;
+}
+
+static int catches_urgent(pid_t pid) /* who does not has ended, or become another program: the signal would be ignored */
+{
+	char path[32], text[4096];
+	snprintf(path, sizeof path, "/proc/%d/status", pid);
+	read_text(path, text, sizeof text);
+	char *caught = strstr(text, "SigCgt:\t");
+	return caught && strtoull(caught + 8, 0, 16) >> (SIGURG - 1) & 1;
+}
+
+static int sleeps(pid_t pid) /* its first thread waits for something else than a disk: in a call that no signal ends */
+{
+	char path[32], text[512];
+	snprintf(path, sizeof path, "/proc/%d/stat", pid);
+	read_text(path, text, sizeof text);
+	char *after_name = strrchr(text, ')');
+	return !after_name || !strchr("RD", after_name[2]);
+}
+
+static void tell_unrenewed(struct renewal *r, pid_t pid, const char *what)
+{
+	size_t n = strlen(r->unrenewed);
+	snprintf(r->unrenewed + n, sizeof r->unrenewed - n, *what ? "%s%d:%s" : "%s%d", n ? " " : "", pid, what);
+}
+
+static void take_answer(struct renewal *r, char *line)
+{
+	char *what;
+	pid_t pid = (pid_t)strtol(line, &what, 10);
+	for (size_t i = 0; i < r->count; i++) {
+		if (r->pids[i] != pid) continue;
+		r->pids[i] = r->pids[--r->count];
+		if (*what == ' ') tell_unrenewed(r, pid, what + 1);
+		return;
+	}
+}
+
+static void wait_for_answers(struct renewal *r, int answers, double began)
+{
+	char text[4096];
+	size_t filled = 0;
+	struct pollfd p = {.fd = answers, .events = POLLIN};
+	while (r->count) {
+		int passed_ms = (int)((monotonic() - began) * 1000), awake = 0;
+		if (poll(&p, 1, AGAIN_MS) == 0) {
+			/* The signal may have come before the restored thread took up its call again: then nothing has ended that. */
+			for (size_t i = 0; i < r->count; i++) {
+				if (!sleeps(r->pids[i])) awake = 1;
+				else kill(r->pids[i], SIGURG);
+			}
+			if (passed_ms >= MOST_PATIENCE_MS || (passed_ms >= PATIENCE_MS && !awake)) break;
+			continue;
+		}
+		ssize_t n = read(answers, text + filled, sizeof text - filled);
+		if (n <= 0) continue;
+		filled += (size_t)n;
+		char *line = text;
+		for (char *end; (end = memchr(line, '\n', filled - (size_t)(line - text))); line = end + 1) {
+			*end = 0;
+			take_answer(r, line);
+		}
+		filled -= (size_t)(line - text);
+		memmove(text, line, filled);
+		if (filled == sizeof text) filled = 0; /* none of ours is that long */
+	}
+}
+
+/* Before anything from outside reaches the tree. Nobody who cannot answer holds a replica up for long. */
+static void renew(void)
+{
+	double began = monotonic();
+	struct renewal r = {0};
+	char path[PATH_MAX];
+	DIR *folder = opt.renewal ? opendir(opt.renewal) : 0; /* not there in snapshots of older versions */
+	if (folder) {
+		snprintf(path, sizeof path, "%s/.answers", opt.renewal);
+		int answers = mkfifo(path, 0666) ? -1 : open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+		chmod(path, 0666);
+		for (struct dirent *e; answers >= 0 && (e = readdir(folder));) {
+			pid_t pid = (pid_t)atoi(e->d_name);
+			if (pid <= 1 || !catches_urgent(pid)) continue;
+			pid_t *more = realloc(r.pids, (r.count + 1) * sizeof *more);
+			if (!more) break;
+			r.pids = more;
+			if (!kill(pid, SIGURG)) r.pids[r.count++] = pid;
+		}
+		closedir(folder);
+		if (answers >= 0) {
+			wait_for_answers(&r, answers, began);
+			close(answers);
+		}
+		unlink(path);
+		for (size_t i = 0; i < r.count; i++) tell_unrenewed(&r, r.pids[i], "");
+		free(r.pids);
+	}
+	event("renewed", began, monotonic(), r.unrenewed);
+}
+
 /* ---- main loop -------------------------------------------------------------------------------------------- */
 
 /* What is in the pipe and no more: a worker that never stops writing must not keep us from the rest, nor from ending. */
@@ -558,6 +679,12 @@ static int reap(pid_t program, pid_t root, int log_read) /* 1 once a restore has
 	return restored;
 }
 
+static void open_doors(struct watch *door, struct watch *doors)
+{
+	if (door->fd >= 0) watch(door, EPOLLIN, EPOLL_CTL_ADD);
+	for (int i = 0; i < opt.n_publishes; i++) watch(&doors[i], EPOLLIN, EPOLL_CTL_ADD);
+}
+
 static void serve(pid_t program, int signals, int log_read)
 {
 	pid_t root = opt.is_restore ? opt.root_pid : program;
@@ -565,13 +692,11 @@ static void serve(pid_t program, int signals, int log_read)
 	struct watch log = {.kind = LOG, .fd = log_read}, door = {.kind = DOOR, .fd = opt.door};
 	struct watch doors[MAX_LIST];
 	watch(&sig, EPOLLIN, EPOLL_CTL_ADD);
+	for (int i = 0; i < opt.n_publishes; i++)
+		doors[i] = (struct watch){.kind = PUBLISH, .fd = opt.publishes[i].fd, .port = opt.publishes[i].port};
 	watch(&log, EPOLLIN, EPOLL_CTL_ADD);
 	if (opt.lifeline >= 0) watch(&life, EPOLLIN, EPOLL_CTL_ADD);
-	if (opt.door >= 0) watch(&door, EPOLLIN, EPOLL_CTL_ADD);
-	for (int i = 0; i < opt.n_publishes; i++) {
-		doors[i] = (struct watch){.kind = PUBLISH, .fd = opt.publishes[i].fd, .port = opt.publishes[i].port};
-		watch(&doors[i], EPOLLIN, EPOLL_CTL_ADD);
-	}
+	if (!opt.is_restore) open_doors(&door, doors);
 	for (;;) {
 		struct epoll_event ready[64];
 		int n = epoll_wait(ep, ready, 64, -1);
@@ -583,7 +708,11 @@ static void serve(pid_t program, int signals, int log_read)
 				while (read(signals, &s, sizeof s) == sizeof s) {
 					if (s.ssi_signo != SIGCHLD) kill(root, (int)s.ssi_signo);
 				}
-				if (reap(program, root, log_read)) program = 0; /* its pid may be another's one day */
+				if (reap(program, root, log_read)) {
+					program = 0; /* its pid may be another's one day */
+					renew();
+					open_doors(&door, doors);
+				}
 				break;
 			}
 			case LIFELINE: {

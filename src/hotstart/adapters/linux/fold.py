@@ -23,7 +23,10 @@ class Fold:
 
     def __init__(self, root_pid: int, folder: str, inside: str, threads: int) -> None:
         """Freeze the tree below `root_pid`. Raises FoldRefused if it cannot be frozen."""
-        self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as e:
+            raise FoldRefused(f"its folder for memory files cannot be opened: {folder}: {e.strerror}") from e
         self._program = subprocess.Popen(
             [native_program("hotstart-fold"), str(root_pid), str(self._folder_fd), inside, str(threads)],
             stdin=subprocess.PIPE,
