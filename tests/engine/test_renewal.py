@@ -2,8 +2,10 @@
 
 import json
 import random
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,48 @@ def test_a_worker_finds_its_own_path_and_sitecustomize_as_if_ours_were_not_there
     assert found["hidden"] == "loaded"
     assert found["PYTHONPATH"].partition(":")[2] == drawing.environment["PYTHONPATH"] == found["path"][1]
     assert not [folder for folder in found["path"] if folder.startswith("/run")]
+
+
+OPENSSL = """
+import http.server, json, ssl, threading, os
+from concurrent.futures import ThreadPoolExecutor
+import random
+thread = ThreadPoolExecutor(1)
+def answer(path):
+    here = ssl.RAND_bytes(8).hex(), thread.submit(lambda: ssl.RAND_bytes(8).hex()).result()
+    return [*here, random.random(), os.getpid(), os.getpid() == int(os.readlink("/proc/self"))]
+"""
+
+
+def test_openssl_notices_a_new_life_in_any_program_and_everybody_else_sees_the_pid_that_was(hotstart):
+    worker = tiny_worker(
+        command=(sys.executable, "-I", "-c", OPENSSL + SERVING + "serve()"), ready_url="http://127.0.0.1:8000/"
+    )
+    take(hotstart, worker)
+    replicas = [asked(hotstart, r.name) for r in hotstart.restore("snap", 2)]
+    here, thread, drawn, pids, are_true = zip(*replicas, strict=True)
+    assert len({*here, *thread}) == 4
+    assert drawn[0] == drawn[1]  # nobody renewed this Python
+    assert pids == (1000, 1000)
+    assert are_true == (True, True)
+
+
+def test_the_kernels_numbers_that_are_made_in_the_process_itself_are_not_drawn_twice(hotstart, tmp_path):
+    source, program = ROOT / "tests" / "native" / "vdso_random.c", tmp_path / "draws"
+    subprocess.run(["cc", "-O1", "-Wall", "-Wextra", "-Werror", "-o", program, source], check=True)
+    worker = tiny_worker(command=(str(program),), port=None, ready_url=None, visible=(str(tmp_path),))
+    with suppress(subprocess.TimeoutExpired):
+        if subprocess.run([program], stdout=subprocess.DEVNULL, timeout=0.2, check=False).returncode == 77:
+            pytest.skip("this kernel's vDSO has no getrandom")
+    hotstart.run("w", worker)
+    take(hotstart, "w")
+    logs = [Path(hotstart.find(replica.name)[1].log_path) for replica in hotstart.restore("snap", 3)]
+    deadline = time.monotonic() + 20
+    while not all(log.stat().st_size >= 51 for log in logs):
+        assert time.monotonic() < deadline, "they draw nothing"
+        time.sleep(0.01)
+    drawn = [number for log in logs for number in log.read_text().split()[:3]]
+    assert len(set(drawn)) == len(drawn) == 9
 
 
 SEEDED = (
