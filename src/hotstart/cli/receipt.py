@@ -37,4 +37,6 @@ def main(arguments: list[str], _entered: float) -> int:
     print(
         f"first answer {seconds(receipt['first_answer_s'])} (predicted {seconds(receipt['predicted_first_answer_s'])})"
     )
+    if receipt.get("unrenewed"):
+        print(f"random numbers were not renewed in {', '.join(receipt['unrenewed'])} (pids inside)")
     return 0

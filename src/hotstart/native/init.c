@@ -525,7 +525,7 @@ static void relay(struct end *e, uint32_t events)
 
 /* ---- renewal: what must not be the same in two replicas ------------------------------------------------------ */
 
-enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, AGAIN_MS = 2 };
+enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, AGAIN_US = 500 };
 
 struct renewal { pid_t *pids; size_t count; char unrenewed[300]; };
 
@@ -581,7 +581,7 @@ static void wait_for_answers(struct renewal *r, int answers, double began)
 	struct pollfd p = {.fd = answers, .events = POLLIN};
 	while (r->count) {
 		int passed_ms = (int)((monotonic() - began) * 1000), awake = 0;
-		if (poll(&p, 1, AGAIN_MS) == 0) {
+		if (ppoll(&p, 1, &(struct timespec){.tv_nsec = AGAIN_US * 1000}, 0) == 0) {
 			/* The signal may have come before the restored thread took up its call again: then nothing has ended that. */
 			for (size_t i = 0; i < r->count; i++) {
 				if (!sleeps(r->pids[i])) awake = 1;
