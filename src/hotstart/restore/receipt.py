@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from hotstart.restore.plan import ProcessPlan
+
 # When a stage began and ended, in CLOCK_MONOTONIC seconds.
 Span = tuple[float, float]
 
@@ -51,6 +53,7 @@ class Receipt(Struct, frozen=True):
     predicted_first_answer_s: float | None
     working_set_missing: int | None = None
     prefetched: bool = False
+    processes: tuple[ProcessPlan, ...] = ()
 
 
 def stages_of_init(events: Mapping[str, Span]) -> dict[str, Span]:

@@ -23,6 +23,7 @@ class SandboxSpec(Struct, frozen=True):
     """Everything that one sandbox is made from. Paths are the host's unless they are targets.
 
     With `restored_log_fd` the program is CRIU: it gets the log pipe as that descriptor, and the root is what it restores.
+    `page_server` is a command that fills the tree's memory as it is asked for; CRIU finds it in the folder `page_server_fd`.
     """
 
     program: tuple[str, ...]
@@ -40,6 +41,8 @@ class SandboxSpec(Struct, frozen=True):
     cgroups: tuple[str, ...] = ()
     restored_log_fd: int | None = None
     keep_fds: tuple[int, ...] = ()
+    page_server: tuple[str, ...] = ()
+    page_server_fd: int = -1
 
 
 class ProgramFailed(HotstartError):
