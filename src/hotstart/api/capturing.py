@@ -15,11 +15,12 @@ from hotstart.adapters.criu.dumper import CriuDumper
 from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter_command
 from hotstart.adapters.linux.host import host_fingerprint, needed_files
 from hotstart.adapters.linux.pagecache import populate
-from hotstart.adapters.linux.procfs import memory_bytes, tree
+from hotstart.adapters.linux.procfs import children, memory_bytes, process_name, tree
+from hotstart.adapters.linux.traits import TraitsReader
 from hotstart.api.recording import restore_and_record, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError, NotFound
-from hotstart.snapshot.capture import REGIONS, Captured, Source, capture
+from hotstart.snapshot.capture import REGIONS, Captured, FoldedProcess, Source, capture
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
 from hotstart.snapshot.secrets import secret_names
@@ -31,6 +32,9 @@ from hotstart.store.local import LocalSnapshot, PartialSnapshot
 if TYPE_CHECKING:
     from hotstart.adapters.linux.runfolder import SandboxState
     from hotstart.api.core import Hotstart
+
+
+_PAGES_TIMEOUT_S = 600.0
 
 
 class SnapshotOptions(Struct, frozen=True):
@@ -173,6 +177,7 @@ def _capture(
     options: SnapshotOptions,
 ) -> tuple[LocalSnapshot, Captured]:
     root_pid = state.host_root_pid()
+    _wait_for_pages(state.init_pid, root_pid)
     pids = tree(root_pid)
     _require_whole_tree(state.init_pid, root_pid)
     host_folders = (*state.worker.visible, *state.worker.writable)
@@ -181,11 +186,13 @@ def _capture(
     generation = os.urandom(4).hex()
     memory_folder = os.path.join(hotstart_.snapshots.memory_root, state.memory_id)
     processes = {_inner_pid(pid): _process(pid) for pid in pids}
+    traits = TraitsReader(os.path.join(hotstart_.home, "cache", "raw-callers.json"))
+    traits.look_ahead(pids)
     captured = capture(
         Source(state.init_pid, root_pid, memory_folder, state.memory_id, generation),
         partial.folder,
         fold=options.fold,
-        freezer=LinuxFreezer(),
+        freezer=LinuxFreezer(traits),
         dumper=CriuDumper(hotstart_.criu(), enter_command, state.root_pid, (partial.lock_fd,)),
         packer=LinuxFilePacker(),
         clock=time.monotonic,
@@ -207,13 +214,7 @@ def _capture(
         root_pid=state.root_pid,
         log_pipe=state.log_pipe,
         processes=tuple(
-            structs.replace(
-                process,
-                memory_file=f"{state.memory_id}/{by_pid[pid].memory_file}"
-                if pid in by_pid and by_pid[pid].memory_file
-                else None,
-                strategy="mapped" if pid in by_pid else "copied",
-            )
+            _with_strategy(process, by_pid.get(pid), state.memory_id, captured.refused, asked_plain=not options.fold)
             for pid, process in processes.items()
         ),
         files=_describe_all(partial.folder),
@@ -250,6 +251,15 @@ def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progr
     return local
 
 
+def _wait_for_pages(init_pid: int, root_pid: int) -> None:
+    """Wait until a replica's page server has brought all pages and ended: until then its memory cannot be read."""
+    deadline = time.monotonic() + _PAGES_TIMEOUT_S
+    while any(pid != root_pid and process_name(pid) == "criu" for pid in children(init_pid)):
+        if time.monotonic() > deadline:
+            raise HotstartError(f"the replica's memory was still being loaded after {_PAGES_TIMEOUT_S:g} s: try later")
+        time.sleep(0.01)
+
+
 def _require_whole_tree(init_pid: int, root_pid: int) -> None:
     outside = [pid for pid in tree(init_pid)[1:] if pid not in tree(root_pid)]
     if outside:
@@ -264,9 +274,17 @@ def _inner_pid(pid: int) -> int:
 
 
 def _process(pid: int) -> Process:
-    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as f:
-        name = f.read().strip()
-    return Process(_inner_pid(pid), name, len(os.listdir(f"/proc/{pid}/task")), None, "copied")
+    return Process(_inner_pid(pid), process_name(pid), len(os.listdir(f"/proc/{pid}/task")), None, "copied")
+
+
+def _with_strategy(
+    process: Process, folded: FoldedProcess | None, memory_id: str, refused: str | None, *, asked_plain: bool
+) -> Process:
+    if folded and not folded.unsafe:
+        file = f"{memory_id}/{folded.memory_file}" if folded.memory_file else None
+        return structs.replace(process, memory_file=file, strategy="mapped")
+    reason = folded.unsafe if folded else refused
+    return structs.replace(process, strategy="copied" if asked_plain else "userfaultfd", reason=reason)
 
 
 def _describe_all(folder: str) -> tuple[File, ...]:

@@ -273,7 +273,7 @@ class Hotstart:
 
     def node_facts(self, manifest: Manifest) -> NodeFacts:
         """Gather what a plan needs to know of this machine."""
-        from hotstart.adapters.linux.host import file_facts, free_memory_bytes, host_fingerprint
+        from hotstart.adapters.linux.host import file_facts, free_memory_bytes, host_fingerprint, why_no_userfaultfd
         from hotstart.adapters.linux.node import read_bandwidth
         from hotstart.adapters.linux.pagecache import resident_bytes
 
@@ -300,6 +300,9 @@ class Hotstart:
             local=local,
             cores=len(os.sched_getaffinity(0)),
             working_set=cold,
+            no_userfaultfd=why_no_userfaultfd()
+            if any(p.strategy == "userfaultfd" for p in manifest.processes)
+            else None,
         )
 
     def restore(

@@ -138,7 +138,11 @@ class RestoringReplicas:
         if os.path.exists(hotstart.kdat_path()):
             copies.append((hotstart.kdat_path(), f"/run/{KDAT}"))
         spec = SandboxSpec(
-            program=tuple(hotstart.criu().restore_command(images_fd, work_fd, manifest.log_pipe)),
+            program=tuple(
+                hotstart.criu().restore_command(images_fd, work_fd, manifest.log_pipe, on_demand=self._plan.on_demand)
+            ),
+            page_server=tuple(hotstart.criu().page_server_command(images_fd, work_fd)) if self._plan.on_demand else (),
+            page_server_fd=work_fd,
             cwd="/",
             environment={"PATH": os.defpath},
             root_pid=manifest.root_pid,
@@ -244,7 +248,7 @@ class RestoringReplicas:
             replica=replica.name,
             snapshot=self._local.manifest.name,
             digest=self._local.digest(),
-            strategy="mapped" if self._local.manifest.memory else "copied",
+            strategy=self._plan.strategy,
             stages=measure_stages(spans, self._asked, ended),
             resumed_s=resumed - self._asked,
             first_answer_s=answered - self._asked if answered else None,
@@ -255,4 +259,5 @@ class RestoringReplicas:
             working_set_missing=self._plan.working_set_missing,
             prefetched=self._plan.prefetch,
             unrenewed=replica.running.unrenewed,
+            processes=self._plan.processes,
         )

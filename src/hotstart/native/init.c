@@ -24,6 +24,8 @@
  *   -K FD            keep FD open for PROGRAM (repeatable)
  *   -n DIR           renewal: made for a worker; whoever of a restored tree has left a file named like its pid there gets
  *                    SIGURG, and says in DIR/.answers, "PID [WHAT IT COULD NOT]", that it has renewed itself
+ *   -P FD            PROGRAM ARG... is two commands, separated by "--": a page server (CRIU's), which listens in the folder FD,
+ *                    and the restore that sends it a userfaultfd for each process
  *
  * What stands as | is the byte 0x1f: paths may hold anything that people type.
  *
@@ -57,6 +59,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -73,13 +76,13 @@ struct pair { char *source, *target; int writable; };
 struct publish { int fd, port; };
 
 static struct {
-	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid;
+	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid, pages;
 	char *hostname, *workdir, *renewal;
 	struct pair binds[MAX_LIST], copies[MAX_LIST];
 	struct publish publishes[MAX_LIST];
 	int cgroups[MAX_LIST], keeps[MAX_LIST];
 	int n_binds, n_copies, n_publishes, n_cgroups, n_keeps;
-} opt = {.status = -1, .lifeline = -1, .log = -1, .result = -1, .door = -1, .pack = -1};
+} opt = {.status = -1, .lifeline = -1, .log = -1, .result = -1, .door = -1, .pack = -1, .pages = -1};
 
 static struct rlimit files_of_program;
 
@@ -125,7 +128,7 @@ static struct pair split_pair(char *text, int writable)
 static char **parse(int argc, char **argv)
 {
 	int o;
-	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:n:")) != -1) {
+	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:n:P:")) != -1) {
 		switch (o) {
 		case 's': opt.status = atoi(optarg); break;
 		case 'l': opt.lifeline = atoi(optarg); break;
@@ -138,6 +141,7 @@ static char **parse(int argc, char **argv)
 		case 'n': opt.renewal = optarg; break;
 		case 'p': opt.root_pid = atoi(optarg); break;
 		case 'r': opt.is_restore = 1; opt.restore_fd = atoi(optarg); break;
+		case 'P': opt.pages = atoi(optarg); break;
 		case 'g': ADD(opt.cgroups, opt.n_cgroups, atoi(optarg)); break;
 		case 'K': ADD(opt.keeps, opt.n_keeps, atoi(optarg)); break;
 		case 'b': ADD(opt.binds, opt.n_binds, split_pair(optarg, 0)); break;
@@ -317,10 +321,81 @@ static pid_t start(char **program, int log_write)
 	return -1;
 }
 
+/* ---- pages on demand ------------------------------------------------------------------------------------------ */
+
+/* A page that its server has not brought must never be taken for zeros, which is what the kernel gives once the last descriptor
+ * of a userfaultfd is closed. So the restore meets us where it expects the server: we hold a descriptor of each, and if the
+ * server fails, everything is killed before we let go. Not covered is a process forked while pages are still being brought,
+ * whose descriptor only the server has: for the moment between the server's death and our noticing. */
+enum { FINISHED = 0x52535446 }; /* criu/uffd.c, LAZY_PAGES_RESTORE_FINISHED */
+static const char page_socket[] = "lazy-pages.socket"; /* LAZY_PAGES_SOCK_NAME */
+static pid_t page_server;
+static int to_page_server = -1, page_listener = -1, *held, n_held;
+
+static struct sockaddr_un page_address(void)
+{
+	struct sockaddr_un a = {.sun_family = AF_UNIX};
+	snprintf(a.sun_path, sizeof a.sun_path, "/proc/self/fd/%d/%s", opt.pages, page_socket);
+	return a;
+}
+
+static void start_page_server(char **program)
+{
+	struct sockaddr_un address = page_address();
+	page_server = fork();
+	if (page_server < 0) die("fork");
+	if (!page_server) {
+		sigset_t none;
+		sigemptyset(&none);
+		sigprocmask(SIG_SETMASK, &none, 0);
+		signal(SIGPIPE, SIG_DFL);
+		for (int i = 0; i < opt.n_keeps; i++) fcntl(opt.keeps[i], F_SETFD, 0);
+		execvp(program[0], program);
+		_exit(127);
+	}
+	to_page_server = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	while (connect(to_page_server, (struct sockaddr *)&address, sizeof address)) {
+		int st;
+		if (errno != ENOENT && errno != ECONNREFUSED) die("page server");
+		if (waitpid(page_server, &st, WNOHANG)) { errno = ECHILD; die("the page server did not start"); }
+		usleep(200);
+	}
+	unlink(address.sun_path); /* it has one client; the next one is ours */
+	page_listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (bind(page_listener, (struct sockaddr *)&address, sizeof address) || listen(page_listener, 1)) die(page_socket);
+}
+
+static int keep_and_pass(int from) /* the userfaultfd that follows a pid; 0: nothing went wrong */
+{
+	char byte, control[CMSG_SPACE(sizeof(int))];
+	struct iovec data = {&byte, 1};
+	struct msghdr m = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+	if (recvmsg(from, &m, MSG_CMSG_CLOEXEC) != 1 || !CMSG_FIRSTHDR(&m)) return -1;
+	int *more = realloc(held, sizeof *held * (size_t)(n_held + 1));
+	if (!more) return -1;
+	held = more;
+	memcpy(&held[n_held++], CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof(int));
+	return sendmsg(to_page_server, &m, MSG_NOSIGNAL) == 1 ? 0 : -1;
+}
+
+static int pass_to_page_server(int from) /* one message: a pid with its descriptor, a zombie's negated pid, or FINISHED */
+{
+	int32_t word;
+	if (recv(from, &word, sizeof word, MSG_WAITALL) != sizeof word) return -1;
+	if (send(to_page_server, &word, sizeof word, MSG_NOSIGNAL) != sizeof word) return -1;
+	return word == FINISHED || word < 0 ? 0 : keep_and_pass(from);
+}
+
+static void let_pages_go(void)
+{
+	while (n_held) close(held[--n_held]);
+	page_server = 0;
+}
+
 /* ---- relays: connections from the host to ports inside ----------------------------------------------------- */
 
 enum { RELAY_BYTES = 65536, CONNECTED = 0x06 };
-enum kind { SIGNALS, LIFELINE, LOG, DOOR, PUBLISH, END };
+enum kind { SIGNALS, LIFELINE, LOG, DOOR, PUBLISH, PAGES_DOOR, PAGES, END };
 
 struct watch { enum kind kind; int fd, port; struct end *end; };
 struct end {             /* one side of a relay; what is read from it waits in buffer for the other side */
@@ -661,11 +736,26 @@ static void finish(int wait_status, int log_read)
 	_exit(0); /* the kernel ends everything else in this pid namespace */
 }
 
+/* Its memory is incomplete for good: nothing of it may run on. */
+static void end_without_pages(int log_read)
+{
+	static const char why[] = "hotstart: the page server failed; the replica was ended, for its memory is not complete\n";
+	double now = monotonic();
+	kill(-1, SIGKILL); /* all but us */
+	while (waitpid(-1, 0, 0) > 0 || errno == EINTR) { }
+	pump_log(log_read);
+	if (opt.log >= 0 && write(opt.log, why, sizeof why - 1) < 0) { /* disk full */ }
+	event("error", now, now, "the page server failed, the memory of what was restored is not complete");
+	finish(SIGKILL, log_read);
+}
+
 static int reap(pid_t program, pid_t root, int log_read) /* 1 once a restore has succeeded */
 {
-	int st, restored = 0;
+	int st, restored = 0, lost = 0;
 	for (pid_t p; (p = waitpid(-1, &st, WNOHANG)) > 0;) {
 		if (p == root) finish(st, log_read);
+		if (p == page_server && st) lost = 1;
+		else if (p == page_server) let_pages_go();
 		if (p != program || !opt.is_restore) continue;
 		if (!WIFEXITED(st) || WEXITSTATUS(st)) {
 			char text[32];
@@ -676,6 +766,7 @@ static int reap(pid_t program, pid_t root, int log_read) /* 1 once a restore has
 		event("restored", program_began, monotonic(), "");
 		restored = 1;
 	}
+	if (lost) end_without_pages(log_read); /* not before: if the restore failed, that is the reason */
 	return restored;
 }
 
@@ -690,7 +781,9 @@ static void serve(pid_t program, int signals, int log_read)
 	pid_t root = opt.is_restore ? opt.root_pid : program;
 	struct watch sig = {.kind = SIGNALS, .fd = signals}, life = {.kind = LIFELINE, .fd = opt.lifeline};
 	struct watch log = {.kind = LOG, .fd = log_read}, door = {.kind = DOOR, .fd = opt.door};
+	struct watch pages_door = {.kind = PAGES_DOOR, .fd = page_listener}, pages = {.kind = PAGES};
 	struct watch doors[MAX_LIST];
+	if (page_listener >= 0) watch(&pages_door, EPOLLIN, EPOLL_CTL_ADD);
 	watch(&sig, EPOLLIN, EPOLL_CTL_ADD);
 	for (int i = 0; i < opt.n_publishes; i++)
 		doors[i] = (struct watch){.kind = PUBLISH, .fd = opt.publishes[i].fd, .port = opt.publishes[i].port};
@@ -726,6 +819,17 @@ static void serve(pid_t program, int signals, int log_read)
 				break;
 			}
 			case LOG: pump_log(log_read); break;
+			case PAGES_DOOR:
+				pages.fd = accept4(w->fd, 0, 0, SOCK_CLOEXEC);
+				if (pages.fd < 0) break;
+				close(w->fd);
+				watch(&pages, EPOLLIN, EPOLL_CTL_ADD);
+				break;
+			case PAGES:
+				if (!pass_to_page_server(w->fd)) break;
+				close(w->fd); /* the restore has ended; so the server learns it */
+				close(to_page_server);
+				break;
 			case DOOR: case PUBLISH: accept_from(w); break;
 			case END: relay(w->end, ready[i].events); break;
 			}
@@ -772,6 +876,13 @@ static void init(char **program, double began)
 	dup2(null, 2);
 	ep = epoll_create1(EPOLL_CLOEXEC);
 	int signals = signalfd(-1, &all, SFD_NONBLOCK | SFD_CLOEXEC);
+	if (opt.pages >= 0) {
+		char **server = program;
+		while (*program && strcmp(*program, "--")) program++;
+		if (!*program) { errno = EINVAL; die("no page server"); }
+		*program++ = 0;
+		start_page_server(server);
+	}
 	pid_t pid = start(program, log_pipe[1]);
 	struct stat log_stat;
 	char log_inode[32];

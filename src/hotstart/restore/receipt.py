@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from hotstart.restore.plan import ProcessPlan
+
 # When a stage began and ended, in CLOCK_MONOTONIC seconds.
 Span = tuple[float, float]
 
@@ -56,6 +58,7 @@ class Receipt(Struct, frozen=True):
     working_set_missing: int | None = None
     prefetched: bool = False
     unrenewed: tuple[str, ...] = ()
+    processes: tuple[ProcessPlan, ...] = ()
 
 
 def stages_of_init(events: Mapping[str, Span]) -> dict[str, Span]:

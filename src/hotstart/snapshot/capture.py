@@ -25,19 +25,23 @@ REGIONS = "regions.json"  # where each area went, and why
 
 
 class FoldedProcess(Struct, frozen=True):
-    """One process after a fold: pid inside, its memory file (None: nothing was worth mapping), where its areas went."""
+    """One process after a fold: pid inside, its memory file (None: nothing was mapped), where its areas went.
+
+    `unsafe` says why it must not be mapped, if so.
+    """
 
     pid: int
     memory_file: str | None
     layout: Layout
     copied_bytes: int
+    unsafe: str | None = None
 
 
 class FrozenTree(Protocol):
     """A process tree that stands still; leaving the context without `release` undoes everything."""
 
     def map_memory(self, name_of: Callable[[int], str]) -> list[FoldedProcess]:
-        """Copy every process's memory to files and map them in its place. Raises FoldRefused."""
+        """Copy to files the memory of every process that can be mapped, map them in its place. Raises FoldRefused."""
 
     def release(self) -> None:
         """Let the tree go on."""

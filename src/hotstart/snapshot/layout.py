@@ -148,8 +148,8 @@ def why_kept(area: Area) -> str | None:
     return None
 
 
-def lay_out(areas: Sequence[Area]) -> Layout:
-    """Give every area that can be mapped its place in the memory file.
+def lay_out(areas: Sequence[Area], unsafe: str | None = None) -> Layout:
+    """Give every area that can be mapped its place in the memory file; `unsafe` says why none of the process's can.
 
     Areas of 2 MiB and more lie at an offset congruent to their address modulo 2 MiB, so that the kernel can map huge pages
     of the page cache; smaller ones are packed behind each other.
@@ -158,7 +158,7 @@ def lay_out(areas: Sequence[Area]) -> Layout:
     kept: list[Kept] = []
     end = 0
     for area in areas:
-        reason = why_kept(area)
+        reason = why_kept(area) or unsafe
         if reason:
             kept.append(Kept(area, reason))
             continue

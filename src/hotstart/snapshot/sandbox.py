@@ -24,6 +24,7 @@ class SandboxSpec(Struct, frozen=True):
 
     With `restored_log_fd` the program is CRIU: it gets the log pipe as that descriptor, and the root is what it restores. The
     processes that are named in the folder `renewal`, inside, are then told to renew themselves.
+    `page_server` is a command that fills the tree's memory as it is asked for; CRIU finds it in the folder `page_server_fd`.
     """
 
     program: tuple[str, ...]
@@ -42,6 +43,8 @@ class SandboxSpec(Struct, frozen=True):
     restored_log_fd: int | None = None
     keep_fds: tuple[int, ...] = ()
     renewal: str | None = None
+    page_server: tuple[str, ...] = ()
+    page_server_fd: int = -1
 
 
 class ProgramFailed(HotstartError):

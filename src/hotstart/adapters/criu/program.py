@@ -55,12 +55,22 @@ class Criu:
             "--log-file", "dump.log", "-v2", "--leave-running", "--action-script", hook, *_SHARED_OPTIONS,
         ]  # fmt: skip
 
-    def restore_command(self, images_fd: int, work_fd: int, log_pipe: str) -> list[str]:
-        """Restore a tree and end; `log_pipe` is what /proc/PID/fd/1 was at the dump ('pipe:[123]')."""
+    def restore_command(self, images_fd: int, work_fd: int, log_pipe: str, *, on_demand: bool = False) -> list[str]:
+        """Restore a tree and end; `log_pipe` is what /proc/PID/fd/1 was at the dump ('pipe:[123]').
+
+        With `on_demand` its anonymous memory stays empty until a page server (`page_server_command`) fills it.
+        """
         return [
             self.path, "restore", "--restore-detached", "--images-dir", f"/proc/self/fd/{images_fd}",
             "--work-dir", f"/proc/self/fd/{work_fd}", "--log-file", "restore.log", "-v1",
-            "--inherit-fd", f"fd[{LOG_FD}]:{log_pipe}", *_SHARED_OPTIONS,
+            "--inherit-fd", f"fd[{LOG_FD}]:{log_pipe}", *_SHARED_OPTIONS, *(["--lazy-pages"] if on_demand else []),
+        ]  # fmt: skip
+
+    def page_server_command(self, images_fd: int, work_fd: int) -> list[str]:
+        """Bring pages as they are asked for, then all the others, and end; it listens in the work folder for the restore."""
+        return [
+            self.path, "lazy-pages", "--images-dir", f"/proc/self/fd/{images_fd}",
+            "--work-dir", f"/proc/self/fd/{work_fd}", "--log-file", "pages.log", "-v1",
         ]  # fmt: skip
 
 

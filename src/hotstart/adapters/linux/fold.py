@@ -21,8 +21,19 @@ class Fold:
     The processes stand still from construction until release or exit.
     """
 
-    def __init__(self, root_pid: int, folder: str, inside: str, threads: int) -> None:
-        """Freeze the tree below `root_pid`. Raises FoldRefused if it cannot be frozen."""
+    def __init__(
+        self,
+        root_pid: int,
+        folder: str,
+        inside: str,
+        threads: int,
+        why_unsafe: Callable[[int], str | None] = lambda _: None,
+    ) -> None:
+        """Freeze the tree below `root_pid`; `why_unsafe` says of a pid why it must not be mapped.
+
+        Raises FoldRefused if it cannot be frozen.
+        """
+        self._why_unsafe = why_unsafe
         try:
             self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as e:
@@ -61,7 +72,8 @@ class Fold:
 
         Raises FoldRefused, with all processes as they were, for example when the disk is full.
         """
-        layouts = {pid: _read_layout(pid) for pid in self.pids}
+        unsafe = {pid: self._why_unsafe(pid) for pid in self.pids}
+        layouts = {pid: _read_layout(pid, unsafe[pid]) for pid in self.pids}
         names = {pid: name_of(i) for i, pid in enumerate(self.pids)}
         orders = []
         for pid, layout in layouts.items():
@@ -79,7 +91,9 @@ class Fold:
             pass  # it refused and left; its reason is the next thing to read
         copied = {int(pid): int(size) for word, pid, size in map(str.split, self._until("folded")) if word == "copied"}
         return [
-            FoldedProcess(_inner_pid(pid), names[pid] if layout.placed else None, layout, copied.get(pid, 0))
+            FoldedProcess(
+                _inner_pid(pid), names[pid] if layout.placed else None, layout, copied.get(pid, 0), unsafe[pid]
+            )
             for pid, layout in layouts.items()
         ]
 
@@ -102,9 +116,9 @@ class Fold:
         raise FoldRefused("the fold program ended unexpectedly")
 
 
-def _read_layout(pid: int) -> Layout:
+def _read_layout(pid: int, unsafe: str | None) -> Layout:
     with open(f"/proc/{pid}/smaps", "rb") as f:
-        return lay_out(parse_smaps(f.read()))
+        return lay_out(parse_smaps(f.read()), unsafe)
 
 
 def _inner_pid(pid: int) -> int:

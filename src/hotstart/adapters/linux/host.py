@@ -39,6 +39,21 @@ def free_memory_bytes() -> int:
     return 0
 
 
+def why_no_userfaultfd() -> str | None:
+    """Say why this process may not load another's pages on demand (userfaultfd(2)), or None if it may."""
+    import ctypes
+
+    number = {"x86_64": 323, "aarch64": 282}.get(os.uname().machine)
+    if number is None:
+        return "userfaultfd is not tried on this architecture"
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        return f"userfaultfd cannot be used here ({os.strerror(ctypes.get_errno())})"
+    os.close(fd)
+    return None
+
+
 def is_private(path: str, host_folders: Iterable[str]) -> bool:
     """Say whether a path inside a sandbox lies in its private folders and not in one of the host's below them."""
     if any(path == f or path.startswith(f"{f}/") for f in host_folders):

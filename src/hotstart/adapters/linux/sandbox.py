@@ -76,9 +76,13 @@ class LinuxSandbox:
             argv += ["-n", spec.renewal]
         for fd in spec.keep_fds:
             argv += ["-K", str(fd)]
+        program = spec.program
+        if spec.page_server:
+            argv += ["-P", str(spec.page_server_fd)]
+            program = (*spec.page_server, "--", *spec.program)
         fds = (*opened, door.fileno(), *(s.fileno() for s, _ in spec.listeners), *spec.keep_fds)
         self._starter = subprocess.Popen(
-            [*argv, "--", *spec.program],
+            [*argv, "--", *program],
             env=dict(spec.environment),
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
