@@ -88,6 +88,22 @@ def put_out(paths: Iterable[Path]) -> None:
         )
 
 
+def wait_for_readers(program: str, most_s: float = 120.0) -> None:
+    """Wait until no process runs a program: what reads ahead in the background would undo `put_out`. Raises RuntimeError."""
+    deadline = time.monotonic() + most_s
+    while any(_runs(pid, program) for pid in filter(str.isdigit, os.listdir("/proc"))):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{program} still reads after {most_s:g} s")
+        time.sleep(0.01)
+
+
+def _runs(pid: str, program: str) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/exe") == program
+    except OSError:
+        return False
+
+
 def bring_in(paths: Iterable[Path]) -> None:
     """Bring the data of files into the page cache, as far as it is not there."""
     for path in paths:

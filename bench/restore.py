@@ -41,6 +41,7 @@ from bench.figures import (
     targets_of,
 )
 from bench.peers import LazyHotstart
+from hotstart.adapters.linux.native import native_program
 from hotstart.adapters.linux.node import measure_read_bandwidth
 from hotstart.adapters.linux.procfs import tree
 from hotstart.api import Hotstart
@@ -122,6 +123,7 @@ class Suite:
         return max(self.files_of(self.plain), key=lambda p: p.stat().st_size)
 
     def _set_cache(self, cache: str, snapshot: str) -> None:
+        device.wait_for_readers(native_program("hotstart-prefetch"))
         (device.bring_in if cache == WARM else device.put_out)(self.files_of(snapshot))
 
     # ---- one round of each way
@@ -287,11 +289,8 @@ def measure(suite: Suite, counts: Sequence[int], rounds: int, *, s3: Callable[[S
 
 def working_set_bytes(local: LocalSnapshot) -> int | None:
     """Bytes that are touched until the first answer, as the snapshot says itself; None if it does not."""
-    path = to_builtins(local.manifest).get("working_set")
-    if not path:
-        return None
-    spans = json.decode(Path(local.path(path)).read_bytes(), type=dict[str, list[tuple[int, int, int]]])
-    return sum(length for part in ("resumed", "answered") for _, _, length in spans.get(part, ()))
+    working_set = local.working_set()
+    return working_set.memory_bytes if working_set else None
 
 
 def _arrived_part(receipt: Receipt) -> float:
