@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 import hotstart
 from hotstart.adapters.criu.dumper import CriuDumper
 from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter_command
-from hotstart.adapters.linux.host import host_fingerprint, needed_files
+from hotstart.adapters.linux.host import free_memory_bytes, host_fingerprint, needed_files
 from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import children, memory_bytes, process_name, tree
 from hotstart.adapters.linux.traits import TraitsReader
@@ -24,13 +24,14 @@ from hotstart.snapshot.capture import REGIONS, Captured, FoldedProcess, Source, 
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
 from hotstart.snapshot.secrets import secret_names
+from hotstart.snapshot.tier import why_not_ram
 from hotstart.snapshot.warmup import Oracle, Request
 from hotstart.snapshot.worker import WorkerSpec
 from hotstart.store.digesting import Progress, describe_file, no_progress
 from hotstart.store.local import LocalSnapshot, PartialSnapshot
 
 if TYPE_CHECKING:
-    from hotstart.adapters.linux.runfolder import SandboxState
+    from hotstart.adapters.linux.runfolder import RunFolder, SandboxState
     from hotstart.api.core import Hotstart
 
 
@@ -55,7 +56,7 @@ class SnapshotTaken(Struct, frozen=True):
     """Seconds since the snapshot was asked for: worker ready and warm, restorable here, everything done; and how long it stood.
 
     `stored_bytes` is what it added to the store, None until it is packed; `fold_refused` why memory is not mapped, if so;
-    `secrets` the variables of its environment that look like secrets.
+    `ram_refused` why the memory files were not written to RAM first, if so; `secrets` the variables of its environment that look like secrets.
     """
 
     snapshot: str
@@ -67,6 +68,7 @@ class SnapshotTaken(Struct, frozen=True):
     usable_s: float
     total_s: float
     fold_refused: str | None
+    ram_refused: str | None
     secrets: tuple[str, ...]
 
 
@@ -118,10 +120,18 @@ def take_snapshot(
             folder, state = starting.folder, starting.state()
         progressing.stage("warming up")
         oracle = hotstart_.warm_up(state, folder.door, options.warmup, options.oracle_ignore) or state.oracle
-        _require_room(hotstart_, state)
+        needed_bytes = _require_room(hotstart_, state)
         ready = time.monotonic()
         progressing.stage("capturing")
-        local, captured = _capture(hotstart_, partial, name, state, oracle, options)
+        with hotstart_.ram.claim() as ours:
+            place = (
+                _choose_place(hotstart_, state, needed_bytes, alone=ours)
+                if options.fold
+                else _on_disk(hotstart_, state)
+            )
+            if not starting:
+                state = place.noted_in(folder, state)
+            local, captured = _capture(hotstart_, partial, name, state, place, oracle, options)
         usable = time.monotonic()
         hotstart_.keep_kdat(state.init_pid)
         trial = trial_name(name)
@@ -152,12 +162,13 @@ def take_snapshot(
         usable_s=usable - asked,
         total_s=tried - asked,
         fold_refused=captured.refused,
+        ram_refused=place.ram_refused,
         secrets=secret_names(state.worker.environment),
     )
 
 
-def _require_room(hotstart_: Hotstart, state: SandboxState) -> None:
-    """Fail before anything is frozen if the memory will not fit on the disk."""
+def _require_room(hotstart_: Hotstart, state: SandboxState) -> int:
+    """Fail before anything is frozen if the memory will not fit on the disk; returns its bytes."""
     needed = sum(m.get("Anonymous", 0) + m.get("Swap", 0) for m in map(memory_bytes, tree(state.host_root_pid())))
     st = os.statvfs(hotstart_.snapshots.memory_root)
     free = st.f_bavail * st.f_frsize
@@ -166,6 +177,42 @@ def _require_room(hotstart_: Hotstart, state: SandboxState) -> None:
             f"no room in {hotstart_.home}: the worker's memory is {needed >> 20} MiB, {free >> 20} MiB are free; "
             "free some space or set HOTSTART_HOME"
         )
+    return needed
+
+
+class _Place(Struct, frozen=True):
+    """Where the memory files of a capture are written."""
+
+    memory_id: str
+    folder: str
+    in_ram: bool
+    ram_refused: str | None
+
+    def noted_in(self, folder: RunFolder, state: SandboxState) -> SandboxState:
+        """Note in a running worker's state that it will have them bound, before it has."""
+        if not self.in_ram:
+            return state
+        ids = {"memory_ids": (*state.memory_ids, self.memory_id), "ram_ids": (*state.ram_ids, self.memory_id)}
+        state = structs.replace(state, **ids)
+        folder.save(state)
+        return state
+
+
+def _on_disk(hotstart_: Hotstart, state: SandboxState, reason: str | None = None) -> _Place:
+    return _Place(state.memory_id, hotstart_.snapshots.memory_folder(state.memory_id), in_ram=False, ram_refused=reason)
+
+
+def _choose_place(hotstart_: Hotstart, state: SandboxState, needed_bytes: int, *, alone: bool) -> _Place:
+    """RAM if that is plentiful, else the disk."""
+    if not alone:
+        return _on_disk(hotstart_, state, "another snapshot is being written to RAM")
+    if reason := why_not_ram(needed_bytes, free_memory_bytes(), hotstart_.ram.held_bytes):
+        return _on_disk(hotstart_, state, reason)
+    memory_id = os.urandom(8).hex()
+    try:
+        return _Place(memory_id, hotstart_.ram.make(memory_id), in_ram=True, ram_refused=None)
+    except OSError as e:
+        return _on_disk(hotstart_, state, f"{hotstart_.ram.path} cannot be made: {e.strerror}")
 
 
 def _capture(
@@ -173,6 +220,7 @@ def _capture(
     partial: PartialSnapshot,
     name: str,
     state: SandboxState,
+    place: _Place,
     oracle: Oracle | None,
     options: SnapshotOptions,
 ) -> tuple[LocalSnapshot, Captured]:
@@ -184,12 +232,11 @@ def _capture(
     needs = needed_files(pids, host_folders)
     logical = sum(memory_bytes(pid).get("Rss", 0) for pid in pids)
     generation = os.urandom(4).hex()
-    memory_folder = os.path.join(hotstart_.snapshots.memory_root, state.memory_id)
     processes = {_inner_pid(pid): _process(pid) for pid in pids}
     traits = TraitsReader(os.path.join(hotstart_.home, "cache", "raw-callers.json"))
     traits.look_ahead(pids)
     captured = capture(
-        Source(state.init_pid, root_pid, memory_folder, state.memory_id, generation),
+        Source(state.init_pid, root_pid, place.folder, place.memory_id, generation),
         partial.folder,
         fold=options.fold,
         freezer=LinuxFreezer(traits),
@@ -198,7 +245,7 @@ def _capture(
         clock=time.monotonic,
     )
     memory = [
-        MemoryFile(f"{state.memory_id}/{p.memory_file}", p.layout.size_bytes, p.layout.data_end, p.copied_bytes, "")
+        MemoryFile(f"{place.memory_id}/{p.memory_file}", p.layout.size_bytes, p.layout.data_end, p.copied_bytes, "")
         for p in captured.folded
         if p.memory_file
     ]
@@ -214,7 +261,7 @@ def _capture(
         root_pid=state.root_pid,
         log_pipe=state.log_pipe,
         processes=tuple(
-            _with_strategy(process, by_pid.get(pid), state.memory_id, captured.refused, asked_plain=not options.fold)
+            _with_strategy(process, by_pid.get(pid), place.memory_id, captured.refused, asked_plain=not options.fold)
             for pid, process in processes.items()
         ),
         files=_describe_all(partial.folder),
@@ -243,7 +290,9 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) 
 
 
 def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progressing: Progressing) -> LocalSnapshot:
-    """Digest the memory, then restore once: what is kept is known to work, and how long it takes."""
+    """Bring the memory to the disk, digest it, restore once: what is kept is known to work, and how long it takes."""
+    progressing.stage("writing to the disk")
+    local.spill(progressing.measured(local.manifest.data_bytes))
     progressing.stage("digesting")
     local.digest_memory(populate, progressing.measured(local.manifest.data_bytes))
     progressing.stage("trying it")

@@ -14,6 +14,7 @@ from hotstart.adapters.ask import DoorAsker
 from hotstart.adapters.criu.program import Criu, find_criu
 from hotstart.adapters.linux.cgroups import remove_cgroups
 from hotstart.adapters.linux.procfs import memory_bytes, tree
+from hotstart.adapters.linux.ramfolder import RamFolder
 from hotstart.adapters.linux.runfolder import RunFolder, RunFolders, SandboxState
 from hotstart.adapters.linux.sandbox import kill_init
 from hotstart.api.ports import Publish
@@ -58,7 +59,8 @@ class Hotstart:
             if os.fsencode(path).decode(errors="replace") != path:
                 raise BadUsage(f"{name} is not UTF-8: name another folder")
         self.folders = RunFolders(self.run_root)
-        self.snapshots = LocalSnapshots(self.home)
+        self.ram = RamFolder(self.run_root)
+        self.snapshots = LocalSnapshots(self.home, self.ram.path)
         self.asker = DoorAsker()
         self._clock_start = clock_start
         self._criu: Criu | None = None
@@ -281,7 +283,7 @@ class Hotstart:
         for memory in manifest.memory:
             with (
                 suppress(OSError),
-                open(os.path.join(self.snapshots.memory_root, memory.name), "rb") as f,
+                open(self.snapshots.memory.path(memory.name), "rb") as f,
             ):
                 there = resident_bytes(f.fileno(), [(0, memory.data_end)])  # holes that were read count, too
                 resident[memory.name] = None if there is None else min(there, memory.data_bytes)
@@ -361,7 +363,8 @@ class Hotstart:
     def sweep(self) -> None:
         """Remove what killed commands left behind."""
         self.folders.sweep()
-        self.snapshots.sweep(self.folders.live_memory_ids)
+        self.snapshots.sweep(self.folders.live_memory_ids, self.folders.live_ram_ids)
+        self.ram.unmount_if_empty()
 
     def require_privileges(self) -> None:
         """Raise MachineLacks if this cannot work here for want of privileges; make our folders, closed to other users.

@@ -65,6 +65,7 @@ class RestoringReplicas:
         self._cgroups: list[tuple[str, ...]] = []
         self._addresses: list[str | None] = []
         self._memory_ids: list[str] = []
+        self._ram_ids: list[tuple[str, ...]] = []
         self._stack = ExitStack()
         self._asked = 0.0
         self._done = False
@@ -134,6 +135,9 @@ class RestoringReplicas:
         self._stack.callback(os.close, images_fd)
         self._stack.callback(os.close, work_fd)
         ids = [*dict.fromkeys(m.name.partition("/")[0] for m in manifest.memory), memory_id]
+        # Chosen once it is known that it is being started: what is in RAM stays there until its state says what it has.
+        bound = {m: hotstart.snapshots.memory_folder(m) for m in ids}
+        self._ram_ids.append(tuple(m for m, path in bound.items() if os.path.dirname(path) == hotstart.ram.path))
         copies = [(folder.file("identity"), f"{SUPPORT_FOLDER}/identity")]
         if os.path.exists(hotstart.kdat_path()):
             copies.append((hotstart.kdat_path(), f"/run/{KDAT}"))
@@ -152,7 +156,7 @@ class RestoringReplicas:
             door_path=folder.door,
             binds=(
                 *worker_binds(worker),
-                *(Bind(os.path.join(hotstart.snapshots.memory_root, m), f"{MEMORY_FOLDER}/{m}") for m in ids),
+                *(Bind(path, f"{MEMORY_FOLDER}/{m}") for m, path in bound.items()),
             ),
             copies=tuple(copies),
             file_pack=self._local.path("files.pack"),
@@ -227,6 +231,7 @@ class RestoringReplicas:
             snapshot=manifest.name,
             address=self._addresses[i],
             cgroups=self._cgroups[i],
+            ram_ids=self._ram_ids[i],
         )
         try:
             pid = state.host_root_pid()
