@@ -232,7 +232,7 @@ def _capture(
     needs = needed_files(pids, host_folders)
     logical = sum(memory_bytes(pid).get("Rss", 0) for pid in pids)
     generation = os.urandom(4).hex()
-    processes = {_inner_pid(pid): _process(pid) for pid in pids}
+    processes = _describe_processes(pids)
     traits = TraitsReader(os.path.join(hotstart_.home, "cache", "raw-callers.json"))
     traits.look_ahead(pids)
     captured = capture(
@@ -263,6 +263,7 @@ def _capture(
         processes=tuple(
             _with_strategy(process, by_pid.get(pid), place.memory_id, captured.refused, asked_plain=not options.fold)
             for pid, process in processes.items()
+            if pid in by_pid or not by_pid  # else it ended before the tree stood still
         ),
         files=_describe_all(partial.folder),
         memory=tuple(memory),
@@ -320,6 +321,14 @@ def _require_whole_tree(init_pid: int, root_pid: int) -> None:
 def _inner_pid(pid: int) -> int:
     with open(f"/proc/{pid}/status", "rb") as f:
         return int(next(line for line in f if line.startswith(b"NSpid:")).split()[-1])
+
+
+def _describe_processes(pids: Sequence[int]) -> dict[int, Process]:
+    found = {}
+    for pid in pids:
+        with suppress(OSError):  # it ended while we looked
+            found[_inner_pid(pid)] = _process(pid)
+    return found
 
 
 def _process(pid: int) -> Process:
