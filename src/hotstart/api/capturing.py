@@ -13,16 +13,18 @@ from msgspec import Struct, structs
 import hotstart
 from hotstart.adapters.criu.dumper import CriuDumper
 from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter_command
+from hotstart.adapters.linux.facts import our_privileges, process_facts
 from hotstart.adapters.linux.host import free_memory_bytes, host_fingerprint, needed_files
 from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import children, memory_bytes, process_name, tree
 from hotstart.adapters.linux.traits import TraitsReader
 from hotstart.api.recording import restore_and_record, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
-from hotstart.errors import BadUsage, HotstartError, NotFound
+from hotstart.errors import BadUsage, HotstartError, MachineLacks, NotFound, Refused
 from hotstart.snapshot.capture import REGIONS, Captured, FoldedProcess, Source, capture
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
+from hotstart.snapshot.obstacles import lacking, obstacle
 from hotstart.snapshot.secrets import secret_names
 from hotstart.snapshot.tier import why_not_ram
 from hotstart.snapshot.warmup import Oracle, Request
@@ -228,6 +230,7 @@ def _capture(
     _wait_for_pages(state.init_pid, root_pid)
     pids = tree(root_pid)
     _require_whole_tree(state.init_pid, root_pid)
+    _require_no_obstacle(state.init_pid, pids)
     host_folders = (*state.worker.visible, *state.worker.writable)
     needs = needed_files(pids, host_folders)
     logical = sum(memory_bytes(pid).get("Rss", 0) for pid in pids)
@@ -321,6 +324,20 @@ def _require_whole_tree(init_pid: int, root_pid: int) -> None:
 def _inner_pid(pid: int) -> int:
     with open(f"/proc/{pid}/status", "rb") as f:
         return int(next(line for line in f if line.startswith(b"NSpid:")).split()[-1])
+
+
+def _require_no_obstacle(init_pid: int, pids: Sequence[int]) -> None:
+    """Raise Refused for a process that cannot be checkpointed, MachineLacks for one that cannot be here."""
+    ours = our_privileges()
+    for pid in pids:
+        try:
+            facts = process_facts(pid, init_pid)
+        except OSError:  # it ended meanwhile
+            continue
+        if reason := obstacle(facts):
+            raise Refused(reason)
+        if reason := lacking(facts, ours):
+            raise MachineLacks(reason)
 
 
 def _describe_processes(pids: Sequence[int]) -> dict[int, Process]:

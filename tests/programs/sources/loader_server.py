@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-ROWS, WIDTH, BATCH = 64, 65536, 4
+ROWS, WIDTH, BATCH = 64, 131072, 4  # a batch has 2 MiB
 
 
 class Rows(Dataset):

@@ -13,6 +13,7 @@ LOG_FD = 1023
 # What dump and restore must agree on. Established connections are dropped: the peers are not here.
 _SHARED_OPTIONS = ("--tcp-close", "--file-locks", "--ext-unix-sk", "--link-remap", "--manage-cgroups=ignore")
 # CRIU says it wherever it may not raise its own limit of open files, and goes on (4.2.1).
+_GHOST_LIMIT = "1000G"  # of a file that was deleted and is still open; CRIU's own limit is 1 MiB
 _HARMLESS = "rlimit: Can't setup RLIMIT_NOFILE for self"
 
 
@@ -52,7 +53,8 @@ class Criu:
         """Dump the tree below `root_pid` (as seen inside) and leave it running; `hook` runs while it is frozen."""
         return [
             self.path, "dump", "--tree", str(root_pid), "--images-dir", f"/proc/self/fd/{images_fd}",
-            "--log-file", "dump.log", "-v2", "--leave-running", "--action-script", hook, *_SHARED_OPTIONS,
+            "--log-file", "dump.log", "-v2", "--leave-running", "--action-script", hook,
+            "--ghost-limit", _GHOST_LIMIT, *_SHARED_OPTIONS,
         ]  # fmt: skip
 
     def restore_command(self, images_fd: int, work_fd: int, log_pipe: str, *, on_demand: bool = False) -> list[str]:
