@@ -128,7 +128,7 @@ def test_timeouts_go_on_where_they_stopped_a_day_later_and_after_a_reboot(hotsta
     shifts = (DAY_S, 60 - int(time.monotonic()))
     for (
         shift_s
-    ) in shifts:  # one after the other: two HOTSTART_RUN of one HOTSTART_HOME do not know of each other's workers
+    ) in shifts:  # one after the other: two HOTSTART_RUN of one HOTSTART_HOME do not know each other's workers
         host, first, second, *done = seen(elsewhen(hotstart, tmp_path, shift_s))
         assert host[0] == pytest.approx(after_s + shift_s, abs=60)
         assert before["clocks"][0] <= first["clocks"][0] <= second["clocks"][0] < after_s + 30
@@ -140,7 +140,7 @@ def test_timeouts_go_on_where_they_stopped_a_day_later_and_after_a_reboot(hotsta
             assert later["fired"].keys() == soon
             # CRIU 4.2 leaves the fraction of a second out where a timerfd's time is absolute, each time.
             early = {name: snapshots if name.endswith("True") else 0.05 for name in soon}
-            assert all(3 - early[name] < seconds < 5 for name, seconds in later["fired"].items()), later
+            assert all(3 - early[name] < seconds < 8 for name, seconds in later["fired"].items()), later
 
 
 def test_the_monotonic_clock_never_goes_back(hotstart):

@@ -600,7 +600,7 @@ static void relay(struct end *e, uint32_t events)
 
 /* ---- renewal: what must not be the same in two replicas ------------------------------------------------------ */
 
-enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, AGAIN_US = 500 };
+enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, AGAIN_US = 500, LATER_MS = 10 };
 
 struct renewal { pid_t *pids; size_t count; char unrenewed[300]; };
 
@@ -622,13 +622,25 @@ static int catches_urgent(pid_t pid) /* who does not has ended, or become anothe
 	return caught && strtoull(caught + 8, 0, 16) >> (SIGURG - 1) & 1;
 }
 
-static int sleeps(pid_t pid) /* its first thread waits for something else than a disk: in a call that no signal ends */
+static int sleeps(pid_t pid, pid_t thread) /* it waits, and not for a disk */
 {
-	char path[32], text[512];
-	snprintf(path, sizeof path, "/proc/%d/stat", pid);
+	char path[64], text[512];
+	snprintf(path, sizeof path, "/proc/%d/task/%d/stat", pid, thread);
 	read_text(path, text, sizeof text);
 	char *after_name = strrchr(text, ')');
 	return !after_name || !strchr("RD", after_name[2]);
+}
+
+static int all_sleep(pid_t pid) /* nobody is about to let its first thread run Python */
+{
+	char path[32];
+	int asleep = 1;
+	snprintf(path, sizeof path, "/proc/%d/task", pid);
+	DIR *threads = opendir(path);
+	for (struct dirent *e; threads && asleep && (e = readdir(threads));)
+		asleep = e->d_name[0] == '.' || sleeps(pid, (pid_t)atoi(e->d_name));
+	if (threads) closedir(threads);
+	return asleep;
 }
 
 static void tell_unrenewed(struct renewal *r, pid_t pid, const char *what)
@@ -655,14 +667,15 @@ static void wait_for_answers(struct renewal *r, int answers, double began)
 	size_t filled = 0;
 	struct pollfd p = {.fd = answers, .events = POLLIN};
 	while (r->count) {
-		int passed_ms = (int)((monotonic() - began) * 1000), awake = 0;
-		if (ppoll(&p, 1, &(struct timespec){.tv_nsec = AGAIN_US * 1000}, 0) == 0) {
-			/* The signal may have come before the restored thread took up its call again: then nothing has ended that. */
+		int passed_ms = (int)((monotonic() - began) * 1000), patient = passed_ms < PATIENCE_MS;
+		struct timespec pause = {.tv_nsec = patient ? AGAIN_US * 1000 : LATER_MS * 1000000};
+		if (ppoll(&p, 1, &pause, 0) == 0) {
 			for (size_t i = 0; i < r->count; i++) {
-				if (!sleeps(r->pids[i])) awake = 1;
-				else kill(r->pids[i], SIGURG);
+				/* The signal may have come before the restored thread took up its call again: then nothing has ended that. */
+				if (sleeps(r->pids[i], r->pids[i])) kill(r->pids[i], SIGURG);
+				if (!patient) patient = passed_ms < MOST_PATIENCE_MS && !all_sleep(r->pids[i]);
 			}
-			if (passed_ms >= MOST_PATIENCE_MS || (passed_ms >= PATIENCE_MS && !awake)) break;
+			if (!patient) break;
 			continue;
 		}
 		ssize_t n = read(answers, text + filled, sizeof text - filled);

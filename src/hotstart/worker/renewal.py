@@ -48,7 +48,9 @@ def _seed_numpy(numpy_random) -> None:  # type: ignore[no-untyped-def]
     if not lock.acquire(timeout=0.02):
         raise TimeoutError
     lock.release()
-    numpy_random.seed()
+    numpy_random.seed(
+        [int.from_bytes(os.urandom(4), "little") for _ in range(8)]
+    )  # nine times faster than without a seed
 
 
 def _seed_torch(torch) -> None:  # type: ignore[no-untyped-def]
@@ -58,8 +60,22 @@ def _seed_torch(torch) -> None:  # type: ignore[no-untyped-def]
 
 
 def _seed_openssl(ssl) -> None:  # type: ignore[no-untyped-def]
+    if _has_shared_libcrypto(ssl):
+        return
     # Seeds the first generator anew; those of the threads, which hang on it, follow when they see that.
     ssl.RAND_add(os.urandom(32), 32.0)
+
+
+def _has_shared_libcrypto(ssl) -> bool:  # type: ignore[no-untyped-def]
+    """Say whether the shim (shim.c) lets this OpenSSL notice by itself: asking one that was never drawn from takes 2 ms."""
+    try:
+        libc, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+        if libc != "glibc" or int(version.split(".")[1]) < 35 or _FOLDER + "/shim.so" not in os.environ["LD_PRELOAD"]:
+            return False
+        with open(ssl.__file__, "rb") as f:
+            return b"libcrypto.so" in f.read(1 << 16)  # the names of needed libraries stand near the beginning
+    except (AttributeError, KeyError, OSError, ValueError):
+        return False
 
 
 def _seed_cryptography(rust) -> None:  # type: ignore[no-untyped-def]
