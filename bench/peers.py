@@ -11,7 +11,7 @@ from hotstart.api import Hotstart
 class LazyPages(Criu):
     """A CRIU that restores without memory, and beside it one that serves the pages which are missed."""
 
-    def restore_command(self, images_fd: int, work_fd: int, log_pipe: str) -> list[str]:
+    def restore_command(self, images_fd: int, work_fd: int, log_pipe: str, *, on_demand: bool = False) -> list[str]:  # noqa: ARG002
         """Start the server, which is in its place before it goes to the background, then restore."""
         folders = f"--images-dir /proc/self/fd/{images_fd} --work-dir /proc/self/fd/{work_fd}"
         serve = f"{shlex.quote(self.path)} lazy-pages --daemon {folders} --log-file lazy-pages.log -v1"
