@@ -23,6 +23,7 @@ from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError, MachineLacks, NotFound, Refused
 from hotstart.snapshot.capture import REGIONS, Captured, FoldedProcess, Source, capture
 from hotstart.snapshot.codec import encode
+from hotstart.snapshot.layout import TAIL_BYTES
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
 from hotstart.snapshot.obstacles import lacking, obstacle
 from hotstart.snapshot.secrets import secret_names
@@ -285,12 +286,21 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) 
     if not mapped:
         return []
     known = {m.name: m for name in hotstart_.snapshots.names() for m in hotstart_.snapshots.open(name).manifest.memory}
-    missing = mapped - known.keys()
-    if missing:
+    return [
+        structs.replace(known[name], index="") if name in known else _unnamed_memory(hotstart_, state, name)
+        for name in sorted(mapped)
+    ]
+
+
+def _unnamed_memory(hotstart_: Hotstart, state: SandboxState, name: str) -> MemoryFile:
+    """Describe a memory file whose snapshot failed or was removed; it stays as long as the worker that has it mapped."""
+    try:
+        size = os.stat(hotstart_.snapshots.memory.path(name)).st_size
+    except FileNotFoundError as e:
         raise HotstartError(
             f"{state.name} has mapped memory of a snapshot that was removed: restore it again from one that exists"
-        )
-    return [structs.replace(known[name], index="") for name in sorted(mapped)]
+        ) from e
+    return MemoryFile(name, size, size - TAIL_BYTES, 0, "")
 
 
 def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progressing: Progressing) -> LocalSnapshot:
