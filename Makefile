@@ -43,10 +43,12 @@ demo: compiled engine ## a real language model: cold start, snapshot, plain CRIU
 test: compiled ## all tests but the long ones
 	scripts/install-engine transformers
 	scripts/install-swift
+	scripts/install-programs
 	$(BIN)/pytest -m "not long"
 
 test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers
+	scripts/install-programs
 	$(BIN)/pytest -m long
 
 check: lint ## format, lint, types, layers, fast tests
