@@ -9,7 +9,7 @@ TOOLS := .tools/bin
 NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
-.PHONY: help setup engine demo test test-long check lint format bench bench-store clean
+.PHONY: help setup engine demo test test-long check lint format bench bench-restore bench-store figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,10 +43,12 @@ demo: compiled engine ## a real language model: cold start, snapshot, plain CRIU
 test: compiled ## all tests but the long ones
 	scripts/install-engine transformers
 	scripts/install-swift
+	scripts/install-programs
 	$(BIN)/pytest -m "not long"
 
 test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers
+	scripts/install-programs
 	$(BIN)/pytest -m long
 
 check: lint ## format, lint, types, layers, fast tests
@@ -67,13 +69,19 @@ format: .tools/.set-up ## rewrite the code as the formatter wants it
 	$(TOOLS)/ruff format src tests bench build_native.py
 	$(TOOLS)/ruff check --fix src tests bench build_native.py
 
-bench: compiled ## cold start, plain CRIU and Hotstart for several sizes; out/bench
+bench: demo bench-restore bench-store figures ## all that is measured, and the figures of docs/benchmarks.md
+
+bench-restore: compiled ## cold start, plain CRIU, lazy pages and Hotstart for several sizes; out/bench
 	scripts/install-engine torch
-	$(BIN)/python bench/sizes.py
+	scripts/install-swift
+	$(BIN)/python -m bench.restore
 
 bench-store: compiled ## chunking, compression, push and pull next to the device and other programs; out/bench
 	scripts/install-engine torch
-	$(BIN)/python bench/store.py
+	$(BIN)/python -m bench.store
+
+figures: setup ## docs/benchmarks.md from what was measured last
+	$(BIN)/python -m bench.report --take
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .tools .engines out src/hotstart/native/bin .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """What the store costs: cutting into chunks, compressing, pushing and pulling, next to the device and to other programs.
 
-    python bench/store.py [--gib 0.5] [--rounds 3] [SNAP [SNAP ...]]
+    python -m bench.store [--gib 0.5] [--rounds 3] [SNAP [SNAP ...]]
 
 The first SNAP is stored; the others are compared with it, chunk by chunk. Without any, four of the PyTorch worker are taken: one,
 a second of the same process, one of another cold start, one of a model half the size. Writes out/bench/store.json and prints the tables; docs/benchmarks.md says
@@ -16,6 +16,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +24,27 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import zstandard
 from msgspec import Struct, json
 
+from bench import report
+from bench.device import BLOCK_BYTES, direct, files_below, put_out
+from bench.storefigures import (
+    CODEC,
+    CODEC_ON_ALL,
+    Addition,
+    Compression,
+    Cutting,
+    StoreFigures,
+    Transfer,
+    targets_of_store,
+)
+from bench.workers import torch
 from hotstart.api import Hotstart
 from hotstart.api.capturing import Progressing, SnapshotOptions, take_snapshot
-from hotstart.cli.common import print_table, read_warmup, size
 from hotstart.store import content
 from hotstart.store.content import PAGE_BYTES, cut, digest_of
 from hotstart.store.digesting import data_spans
@@ -38,75 +52,17 @@ from hotstart.store.directory import DirectoryStore
 from hotstart.store.leases import Holder, Leases
 from hotstart.store.local import LocalSnapshot, LocalSnapshots
 from hotstart.store.memory import MemoryStore
-from hotstart.store.packs import Codec
-from hotstart.store.publishing import LocalSource, publish
+from hotstart.store.packs import ZSTD_LEVEL, Codec
+from hotstart.store.publishing import BATCH_BYTES, LocalSource, publish
 from hotstart.store.pulling import pull
 from hotstart.store.repository import Repository
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out" / "bench"
 FIXED_BYTES = 1 << 20
-BLOCK_BYTES = 8 << 20
+TMPFS = "/dev/shm"
 GB = 1e9
 CORES = os.cpu_count() or 1
-
-
-class Cutting(Struct, frozen=True):
-    """One way to cut: speed of one thread, chunks, and what each other snapshot has that the first has not."""
-
-    how: str
-    cut_bytes_per_s: float
-    chunks: int
-    chunk_bytes: float
-    data_bytes: int
-    unique_bytes: int
-    new_bytes: dict[str, int]
-
-
-class Compression(Struct, frozen=True):
-    """One codec on the distinct chunks: what is left, and bytes of chunks a second, one thread and one for each core."""
-
-    codec: str
-    ratio: float
-    encode_bytes_per_s: float
-    decode_bytes_per_s: float
-    encode_all_cores_bytes_per_s: float
-    decode_all_cores_bytes_per_s: float
-
-
-class Transfer(Struct, frozen=True):
-    """Medians of the rounds; rates are bytes of the snapshot a second. `of_device`: over what the device does directly."""
-
-    what: str
-    seconds: float
-    bytes_per_s: float
-    of_device: float
-    cpu_s_per_gb: float
-    peak_bytes: int
-    stored_bytes: int
-    all_seconds: list[float]
-
-
-class Addition(Struct, frozen=True):
-    """What a snapshot added to a store that had those before it: bytes, compressed and not; `logical_bytes` is what it is."""
-
-    snapshot: str
-    logical_bytes: int
-    added_bytes: int
-    added_uncompressed_bytes: int
-
-
-class Figures(Struct, frozen=True):
-    """All of it."""
-
-    snapshots: list[str]
-    cores: int
-    bytes: int
-    blake3_bytes_per_s: float
-    cutting: list[Cutting]
-    compression: list[Compression]
-    transfers: list[Transfer]
-    additions: list[Addition]
 
 
 # ---- chunks
@@ -207,6 +163,25 @@ def _ours() -> tuple[Callable[[bytes], tuple[int, bytes]], Callable[[tuple[int, 
     )
 
 
+def encode_all(chunks: list[bytes], make: Callable[[], tuple[Callable[[bytes], object], object]]) -> None:
+    """Encode chunks in their order, as a push does it: batches for one thread for each core, a codec for each."""
+    codec = threading.local()
+
+    def encode(batch: list[bytes]) -> None:
+        if not hasattr(codec, "encode"):
+            codec.encode = make()[0]
+        for chunk in batch:
+            codec.encode(chunk)
+
+    batches: list[list[bytes]] = [[]]
+    for chunk in chunks:
+        batches[-1].append(chunk)
+        if sum(map(len, batches[-1])) >= BATCH_BYTES:
+            batches.append([])
+    with ThreadPoolExecutor(CORES) as pool:
+        list(pool.map(encode, batches))
+
+
 def measure_compression(chunks: list[bytes]) -> list[Compression]:
     """Encode and decode all chunks in memory with each codec, in one thread and in one for each core."""
     total = sum(map(len, chunks))
@@ -244,24 +219,29 @@ def _time_codec(make: Callable, chunks: list[bytes], threads: int) -> tuple[floa
 
 
 def child(arguments: list[str]) -> int:
-    """Do one transfer in this process and print what it took: push, pull, write, read, copy, program."""
+    """Do one transfer in this process and print what it took: push, pull, codec, codec-on-all, write, read, copy, program."""
     what, *rest = arguments
     if what in ("push", "pull"):
         home, name, folder, codec = rest
         leases = Leases(MemoryStore(), Holder("", os.getpid(), 0), lambda _: False, time.time)
         repository = Repository(DirectoryStore(folder), leases, codec=partial(Codec, compress=codec == "zstd"))
         snapshots = LocalSnapshots(home)
+    elif what.startswith("codec"):
+        chunks = list(distinct_chunks(LocalSnapshots(rest[0]).open(rest[1])).values())
     began, cpu_began = time.perf_counter(), time.process_time()
     if what == "push":
         with LocalSource(snapshots.open(name)) as source:
             publish(source, repository)
     elif what == "pull":
         pull(name, repository, snapshots)
+    elif what.startswith("codec"):
+        encode_all(chunks, _ours if what == "codec" else partial(_zstd, ZSTD_LEVEL))
     elif what == "program":
         subprocess.run(["/bin/sh", "-ec", *rest], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     else:
         path, target = rest
-        direct(path if what != "write" else None, target if what != "read" else None, os.stat(path).st_size)
+        source, target = Path(path), Path(target) if target else None
+        direct(source if what != "write" else None, target if what != "read" else None, source.stat().st_size)
     took, cpu = time.perf_counter() - began, time.process_time() - cpu_began
     if what == "program":
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -271,37 +251,6 @@ def child(arguments: list[str]) -> int:
             peak = next(int(line.split()[1]) << 10 for line in f if line.startswith("VmHWM"))
     sys.stdout.buffer.write(json.encode(Run(took, cpu, peak)))
     return 0
-
-
-def direct(source: str | None, target: str | None, total: int) -> None:
-    """Move bytes past the page cache, three blocks under way: what the device can do."""
-    blocks = [(at, min(BLOCK_BYTES, total - at)) for at in range(0, total - total % PAGE_BYTES, BLOCK_BYTES)]
-    buffers = [mmap.mmap(-1, BLOCK_BYTES) for _ in range(3)]
-    with ExitStack() as stack:
-        read_fd = write_fd = -1
-        if source:
-            read_fd = os.open(source, os.O_RDONLY | os.O_DIRECT)
-            stack.callback(os.close, read_fd)
-        else:
-            for buffer in buffers:
-                buffer[:] = os.urandom(BLOCK_BYTES)
-        if target:
-            write_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o600)
-            stack.callback(os.close, write_fd)
-            os.posix_fallocate(write_fd, 0, total)
-
-        def move(lane: int) -> None:
-            for at, length in blocks[lane::3]:
-                view = memoryview(buffers[lane])[: -(-length // PAGE_BYTES) * PAGE_BYTES]
-                if source:
-                    os.preadv(read_fd, [view], at)
-                if target:
-                    os.pwrite(write_fd, view, at)
-
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(move, range(3)))
-        if target:
-            os.fsync(write_fd)
 
 
 class Run(Struct):
@@ -314,23 +263,15 @@ class Run(Struct):
 
 def run_child(*arguments: str) -> Run:
     """Do a transfer in a process of its own, which tells what it took."""
-    done = subprocess.run([sys.executable, __file__, "--child", *arguments], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.store", "--child", *arguments], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
     return json.decode(done.stdout, type=Run)
 
 
 def run_program(command: str) -> Run:
     """Run a shell command. Its peak is that of its largest process; less than our child's own, 60 MiB, cannot be seen."""
     return run_child("program", command)
-
-
-def drop_from_cache(*paths: Path) -> None:
-    """Let the page cache forget files, which are written back first."""
-    for path in paths:
-        for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-            fd = os.open(file, os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
 
 
 def warm(local: LocalSnapshot) -> None:
@@ -365,6 +306,12 @@ def measure_transfers(hotstart: Hotstart, local: LocalSnapshot, flat: Path, work
             store = work / f"store-{codec}"
             warm(local)
             note(f"push, {codec}", run_child("push", hotstart.home, name, str(store), codec), store)
+        for codec in ("none", "zstd"):
+            with TemporaryDirectory(dir=TMPFS, prefix="hotstart-bench-") as store:
+                warm(local)
+                note(f"push, {codec}, into tmpfs", run_child("push", hotstart.home, name, store, codec), Path(store))
+        note(CODEC, run_child("codec", hotstart.home, name))
+        note(CODEC_ON_ALL, run_child("codec-on-all", hotstart.home, name))
         warm(local)
         with open(flat, "rb") as f:
             while f.read(BLOCK_BYTES):
@@ -378,22 +325,22 @@ def measure_transfers(hotstart: Hotstart, local: LocalSnapshot, flat: Path, work
         if has_restic:
             run_program(f"{restic} init --repository-version 2")
             note("restic backup", run_program(f"cd {work} && {restic} backup {flat.name} && sync"), work / "restic")
-        drop_from_cache(work)
+        put_out(files_below(work))
         note("device: read", run_child("read", str(flat), ""))
         note("device: copy", run_child("copy", str(flat), str(work / "copied")))
         for codec in ("none", "zstd"):
             home = work / "home"
-            drop_from_cache(work)
+            put_out(files_below(work))
             note(f"pull, {codec}", run_child("pull", str(home), name, str(work / f"store-{codec}"), codec))
             shutil.rmtree(home)
-        drop_from_cache(work)
+        put_out(files_below(work))
         note("cp back and sync", run_program(f"cp {device} {work / 'copied'} && sync {work / 'copied'}"))
         note(
             "zstd -d and sync",
             run_program(f"zstd -q -d -f {device}.zst -o {work / 'copied'} && sync {work / 'copied'}"),
         )
         if has_restic:
-            drop_from_cache(work)
+            put_out(files_below(work))
             note("restic restore", run_program(f"{restic} restore latest --target {work / 'home'} && sync"))
             shutil.rmtree(work / "home")
         for leftover in work.iterdir():
@@ -414,7 +361,7 @@ def _transfer(what: str, found: list[Run], total: int, runs: dict[str, list[Run]
         what,
         took,
         total / took,
-        median(r.seconds for r in limit) / took,
+        None if what in (CODEC, CODEC_ON_ALL) or "tmpfs" in what else median(r.seconds for r in limit) / took,
         median(r.cpu_s for r in found) / (total / GB),
         max(r.peak_bytes for r in found),
         stored,
@@ -428,17 +375,15 @@ def _transfer(what: str, found: list[Run], total: int, runs: dict[str, list[Run]
 @contextmanager
 def taken(hotstart: Hotstart, gib: float) -> Iterator[list[str]]:
     """Take snapshots of the PyTorch worker: one, another of the same process, of another cold start, of another model."""
-    from sizes import TORCH, worker
-
     prefix = f"store-{os.getpid()}"
     names = [f"{prefix}-first", f"{prefix}-same-process", f"{prefix}-cold-start", f"{prefix}-other-model"]
-    warmup = read_warmup(str(TORCH / "warmup.jsonl"))
     try:
         for i, (of, weights) in enumerate(((names[:2], gib), (names[2:3], gib), (names[3:], gib / 2))):
             source = f"{prefix}-{i}"
-            hotstart.run(source, worker(weights))
+            worker = torch(weights)
+            hotstart.run(source, worker.spec)
             for name in of:
-                options = SnapshotOptions(warmup=warmup, keep=name != of[-1])
+                options = SnapshotOptions(warmup=worker.warmup, keep=name != of[-1])
                 take_snapshot(hotstart, name, source, options, time.monotonic(), Progressing())
         yield names
     finally:
@@ -462,7 +407,7 @@ def measure_additions(locals_: list[LocalSnapshot]) -> list[Addition]:
     return found
 
 
-def measure(hotstart: Hotstart, names: list[str], rounds: int) -> Figures:
+def measure(hotstart: Hotstart, names: list[str], rounds: int) -> StoreFigures:
     """Measure everything for these snapshots."""
     locals_ = [hotstart.snapshots.open(name) for name in names]
     cutting = measure_cutting(locals_)
@@ -486,85 +431,17 @@ def measure(hotstart: Hotstart, names: list[str], rounds: int) -> Figures:
         transfers = measure_transfers(hotstart, locals_[0], flat, work, rounds)
     finally:
         shutil.rmtree(work)
-    return Figures(names, CORES, total, blake3, cutting, compression, transfers, measure_additions(locals_))
-
-
-def print_figures(figures: Figures) -> None:
-    """Print the tables."""
-    others = figures.snapshots[1:]
-    print(
-        f"\n{size(figures.bytes)} of distinct chunks, {figures.cores} cores, BLAKE3 {_rate(figures.blake3_bytes_per_s)}\n"
+    return StoreFigures(
+        names,
+        CORES,
+        total,
+        blake3,
+        cutting,
+        compression,
+        transfers,
+        measure_additions(locals_),
+        targets_of_store(transfers),
     )
-    print_table(
-        ("CHUNKS", "CUTTING", "NUMBER", "MEAN", "DATA", "UNIQUE", *(f"NEW IN {n}" for n in others)),
-        [
-            (
-                c.how,
-                _rate(c.cut_bytes_per_s),
-                c.chunks,
-                size(int(c.chunk_bytes)),
-                size(c.data_bytes),
-                size(c.unique_bytes),
-                *(size(c.new_bytes[n]) for n in others),
-            )
-            for c in figures.cutting
-        ],
-    )
-    print()
-    print_table(
-        ("CODEC", "LEFT", "ENCODE", "DECODE", "ENCODE, ALL CORES", "DECODE, ALL CORES"),
-        [
-            (
-                c.codec,
-                f"{c.ratio:.1%}",
-                *(
-                    _rate(r) if r else "-"
-                    for r in (
-                        c.encode_bytes_per_s,
-                        c.decode_bytes_per_s,
-                        c.encode_all_cores_bytes_per_s,
-                        c.decode_all_cores_bytes_per_s,
-                    )
-                ),
-            )
-            for c in figures.compression
-        ],
-    )
-    print()
-    print_table(
-        ("STORED ONE AFTER ANOTHER", "LOGICAL", "ADDED", "OF LOGICAL", "UNCOMPRESSED", "OF LOGICAL"),
-        [
-            (
-                a.snapshot,
-                size(a.logical_bytes),
-                size(a.added_bytes),
-                f"{a.added_bytes / a.logical_bytes:.1%}",
-                size(a.added_uncompressed_bytes),
-                f"{a.added_uncompressed_bytes / a.logical_bytes:.1%}",
-            )
-            for a in figures.additions
-        ],
-    )
-    print()
-    print_table(
-        ("TRANSFER", "TOOK", "RATE", "OF DEVICE", "CPU PER GB", "PEAK", "STORED"),
-        [
-            (
-                t.what,
-                f"{t.seconds:.2f} s",
-                _rate(t.bytes_per_s),
-                f"{t.of_device:.0%}",
-                f"{t.cpu_s_per_gb:.2f} s",
-                size(t.peak_bytes),
-                size(t.stored_bytes) if t.stored_bytes else "-",
-            )
-            for t in figures.transfers
-        ],
-    )
-
-
-def _rate(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / GB:.2f} GB/s"
 
 
 def main() -> int:
@@ -581,8 +458,8 @@ def main() -> int:
         names = options.names or stack.enter_context(taken(hotstart, options.gib))
         figures = measure(hotstart, names, options.rounds)
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "store.json").write_bytes(json.format(json.encode(figures)))
-    print_figures(figures)
+    (OUT / "store.json").write_bytes(json.format(json.encode(figures)) + b"\n")
+    report.print_blocks(report.store_blocks(figures))
     print(f"\nfigures: {OUT / 'store.json'}")
     return 0
 

@@ -50,7 +50,7 @@ def a_manifest(**changes: object) -> Manifest:
         "log_pipe": "pipe:[4711]",
         "processes": (
             Process(1000, "python", 12, "00ff00ff00ff00ff/ab-0.mem", "mapped"),
-            Process(1010, "helper", 1, None, "copied"),
+            Process(1010, "helper", 1, None, "copied", "a plain dump was asked for"),
         ),
         "files": (
             File("files.pack", 8, (Chunk("11" * 32, 8),)),

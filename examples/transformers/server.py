@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""SmolLM2 through transformers behind the smallest server that speaks OpenAI's chat completions: greedy, one request at a time.
+"""SmolLM2 through transformers behind the smallest server that speaks OpenAI's chat completions, one request at a time.
 
     python server.py MODEL_FOLDER [--port 8000]
 
-Equal requests get equal bytes: an answer holds no id and no time, and a request's temperature is ignored.
+Equal requests get equal bytes, for an answer holds no id and no time; unless they ask for a temperature above 0, the default.
 """
 
 import argparse
@@ -20,7 +20,7 @@ DEFAULT_MAX_TOKENS = 64
 
 
 class Chat:
-    """A model and its tokenizer; answers are deterministic."""
+    """A model and its tokenizer."""
 
     def __init__(self, folder):
         torch.set_num_threads(THREADS)
@@ -30,14 +30,15 @@ class Chat:
     @torch.inference_mode()
     def answer(self, body):
         """Turn the body of a request into the body of its answer; ValueError says what is wrong."""
-        messages, max_tokens, model = read_request(body)
+        messages, max_tokens, temperature, model = read_request(body)
         prompt = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         prompt_tokens = prompt["input_ids"].shape[1]
         if prompt_tokens + max_tokens > CONTEXT_TOKENS:
             raise ValueError(f"the prompt and max_tokens are {prompt_tokens + max_tokens} tokens, {CONTEXT_TOKENS} fit")
-        made = self._model.generate(**prompt, max_new_tokens=max_tokens, do_sample=False)[0][prompt_tokens:]
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        made = self._model.generate(**prompt, max_new_tokens=max_tokens, **sampling)[0][prompt_tokens:]
         text = self._tokenizer.decode(made, skip_special_tokens=True)
         ended = int(made[-1]) == self._tokenizer.eos_token_id
         return {
@@ -59,18 +60,21 @@ class Chat:
 
 
 def read_request(body):
-    """Return messages, max_tokens and model of a request; ValueError says what is wrong."""
+    """Return messages, max_tokens, temperature and model of a request; ValueError says what is wrong."""
     try:
         request = json.loads(body)
         messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in request["messages"]]
         max_tokens = request.get("max_tokens", DEFAULT_MAX_TOKENS)
+        temperature = float(request.get("temperature", 0))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError('the body must be JSON with "messages", each with "role" and "content"') from error
     if not messages:
         raise ValueError('"messages" is empty')
     if type(max_tokens) is not int or max_tokens < 1:
         raise ValueError('"max_tokens" must be a whole number above 0')
-    return messages, max_tokens, request.get("model")
+    if not 0 <= temperature <= 2:
+        raise ValueError('"temperature" must be between 0 and 2')
+    return messages, max_tokens, temperature, request.get("model")
 
 
 def handler_for(chat):

@@ -49,13 +49,18 @@ def victim(bench):
     return bench.shared("the snapshot to be damaged", make)
 
 
+# What is remembered beside snapshots and is no part of any: how often one ran, what the machine's libraries are like, which file
+# on the disk is the copy of which one in RAM (believed only together with the seal).
+REMEMBERED = {".uses", ".cold-restores", ".spilled", "raw-callers.json", "node.json"}
+
+
 def one_of_each_kind(folder):
     """The largest file of each kind: a folder (whatever digests and numbers it is named by) and an ending make a kind."""
     kinds = {}
     for path in files_with_bytes(folder):
         kind = re.sub(r"[0-9a-f]{8,}|\d+", "*", str(path.relative_to(folder).parent)), path.suffix
         kinds[kind] = max(kinds.get(kind, path), path, key=taken)
-    return sorted(path for path in kinds.values() if path.name != ".uses")  # says how often, nothing that runs
+    return sorted(path for path in kinds.values() if path.name not in REMEMBERED)
 
 
 def files_with_bytes(folder, least=1):

@@ -257,8 +257,8 @@ class Hotstart:
 
 # What takes long tells its stages on stderr, one a line, unless it prints JSON.
 STAGES = {
-    "snapshot create": ["starting the worker", "waiting until it is ready", "warming up", "capturing", "digesting", "trying it",
-                        "storing"],
+    "snapshot create": ["starting the worker", "waiting until it is ready", "warming up", "capturing", "writing to the disk",
+                        "digesting", "trying it", "storing"],
     "snapshot verify": ["stored copy", "local copy", "repairing"],
     "snapshot push": ["storing"], "snapshot pull": ["pulling"], "snapshot export": ["exporting"], "snapshot import": ["importing"],
 }

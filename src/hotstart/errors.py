@@ -22,7 +22,7 @@ class NotFound(HotstartError):
 
 
 class Refused(HotstartError):
-    """A snapshot that must not run here: damaged, unsigned or incompatible."""
+    """A snapshot that must not run here: damaged, unsigned or incompatible; a worker that no snapshot can be taken of."""
 
     exit_code = 4
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import figures, storefigures
 from hotstart import errors
 from hotstart.adapters.linux import filepack
 from hotstart.cli.main import main
@@ -236,12 +237,21 @@ def test_every_figure_of_a_benchmark_is_documented_and_no_other():
 
 
 def test_every_figure_of_the_stores_benchmark_is_documented_and_no_other():
-    figures = runpy.run_path(str(ROOT / "bench" / "store.py"), run_name="bench")
     table = rows(section("docs/benchmarks.md", "The store"))
-    assert {span for first, *_ in table for span in spans(first)} == set(figures["Figures"].__struct_fields__)
+    fields = set(storefigures.StoreFigures.__struct_fields__)
+    assert {span for first, *_ in table for span in spans(first)} == fields
     documented = {span for _, meaning in table for span in spans(meaning)}
-    for name in ("Cutting", "Compression", "Transfer"):
-        assert set(figures[name].__struct_fields__) <= documented, name
+    for kind in (storefigures.Cutting, storefigures.Compression, storefigures.Transfer):
+        assert set(kind.__struct_fields__) <= documented, kind
+
+
+def test_every_figure_of_the_restore_suite_is_documented_and_no_other():
+    table = rows(section("docs/benchmarks.md", "How restores are measured"))
+    kinds = (figures.RestoreFigures, figures.Size, figures.Cell, figures.Round)
+    fields = {field for kind in kinds for field in kind.__struct_fields__ if not field.startswith("all_")}
+    assert {span for first, *_ in table for span in spans(first)} == fields - {"warm_requests_s"}
+    documented = {span for row in table for cell in row for span in spans(cell)}
+    assert fields | set(figures.Target.__struct_fields__) <= documented
 
 
 def struct_of(kind: str) -> type:
@@ -345,7 +355,7 @@ def test_the_worker_sdk_is_documented_whole():
     public = {
         name
         for name, value in vars(sdk).items()
-        if callable(value) and getattr(value, "__module__", "") == sdk.__name__
+        if callable(value) and getattr(value, "__module__", "") == sdk.__name__ and not name.startswith("_")
     }
     documented = {
         re.match(r"\w+", spans(first)[0])[0] for first, *_ in rows(text_of("docs/worker-sdk.md")) if spans(first)

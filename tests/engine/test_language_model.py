@@ -1,5 +1,6 @@
-"""A real language model behind a real engine: the text that comes back is the text that would have come."""
+"""A real language model behind a real engine: the text that comes back is the text that would have come, unless it is drawn."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from .conftest import ROOT, ask
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_left")]
 EXAMPLE = ROOT / "examples" / "transformers"
+STORY = [{"role": "user", "content": "Tell me a story."}]
+AT_RANDOM = json.dumps({"model": "smollm2", "messages": STORY, "max_tokens": 24, "temperature": 1}).encode()
 
 
 @pytest.fixture
@@ -38,11 +41,14 @@ def test_four_replicas_of_a_language_model_say_what_the_original_said(hotstart, 
     warmup = read_warmup(str(EXAMPLE / "warmup.jsonl"))
     hotstart.run("llm", worker)
     original = [ask(hotstart, "llm", r.method, r.path, r.body) for r in warmup]
+    ask(hotstart, "llm", "POST", "/v1/chat/completions", AT_RANDOM)
     taken = take_snapshot(hotstart, "llm", "llm", SnapshotOptions(warmup=warmup), time.monotonic(), Progressing())
     assert taken.fold_refused is None
     replicas = hotstart.restore("llm", 4)
     for replica in replicas:
         assert replica.receipt.oracle_ok
         assert [ask(hotstart, replica.name, r.method, r.path, r.body) for r in warmup] == original
+    drawn = [ask(hotstart, r.name, "POST", "/v1/chat/completions", AT_RANDOM) for r in replicas]
+    assert len(set(drawn)) == len(replicas)
     worker_bytes = taken.logical_bytes
     assert all(hotstart.memory_bytes(r.name)["own"] < worker_bytes // 4 for r in replicas)

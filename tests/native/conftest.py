@@ -46,7 +46,7 @@ class Box:
         )  # fmt: skip
         self.tag, self.box = tag, LinuxSandbox(spec)
         self.boxes.append(self.box)
-        self.box.wait_for("restored" if "restored_log_fd" in fields else "started", 15)
+        self.box.wait_for("renewed" if "restored_log_fd" in fields else "started", 15)
         return self
 
     @property

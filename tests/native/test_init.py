@@ -349,10 +349,46 @@ def test_each_step_is_reported_with_its_own_beginning_and_end(box):
     before = time.monotonic()
     box.start("sh", "-c", "sleep 0.2", restored_log_fd=1023)
     after, events = time.monotonic(), box.box.events
-    spans = [events[name] for name in ("namespaces", "mounts", "started", "restored")]
+    spans = [events[name] for name in ("namespaces", "mounts", "started", "restored", "renewed")]
     points = [before, *(t for span in spans for t in span), after]
     assert points == sorted(points)
-    assert 0.2 <= spans[-1][1] - spans[-1][0] < 2
+    assert 0.2 <= spans[-2][1] - spans[-2][0] < 2
+    assert spans[-1][1] - spans[-1][0] < 0.05
+
+
+RENEWING = """
+import os, signal, time
+os.makedirs("/run/hotstart/renewal")
+def process(*answers, at=1):
+    pid = os.fork()
+    if pid:
+        return pid
+    def say(*_):
+        for answer in answers:
+            with open("/run/hotstart/renewal/.answers", "w") as f:
+                f.write(f"{os.getpid()}{answer}\\n")
+    heard = []
+    signal.signal(signal.SIGURG, lambda *_: heard.append(1) or len(heard) < at or say())
+    open(f"/run/hotstart/renewal/{os.getpid()}", "w").close()
+    while True:
+        time.sleep(60)
+process("", at=3)
+process(" numpy,torch")
+process()
+for nobody in (1, 99999, os.getpid(), "word"):
+    open(f"/run/hotstart/renewal/{nobody}", "w").close()
+time.sleep(0.3)
+"""
+
+
+def test_those_who_do_not_renew_themselves_are_told_and_waited_for_no_longer_than_they_may_take(box):
+    box.start(sys.executable, "-S", "-c", RENEWING, restored_log_fd=1023, renewal="/run/hotstart/renewal")
+    began, ended = box.box.events["renewed"]
+    pids = [int(pid) for pid in os.listdir(f"/proc/{box.box.init_pid}/root/proc") if pid.isdigit() and pid != "1"]
+    _, partly, silent = sorted(pids)[-3:]
+    assert sorted(box.box.unrenewed) == sorted([f"{partly}:numpy,torch", str(silent)])
+    assert 0.05 <= ended - began < 0.5
+    assert ".answers" not in os.listdir(f"/proc/{box.box.init_pid}/root/run/hotstart/renewal")
 
 
 def test_a_file_from_before_1970_is_laid_out_with_its_time(box, tmp_path):

@@ -114,11 +114,20 @@ def test_jemalloc_survives_real_folds_in_the_middle_of_its_work(built, private_r
                 p.kill()
 
 
-def test_the_shim_exports_two_names_and_needs_nothing_that_a_c_library_might_lack(built):
+def test_the_shim_exports_three_names_and_needs_nothing_that_a_c_library_might_lack(built):
     lines = [line.split() for line in subprocess.check_output(["nm", "-D", built / "shim.so"], text=True).splitlines()]
-    assert {line[2] for line in lines if line[-2] == "T"} == {"madvise", "mremap"}
+    assert {line[2] for line in lines if line[-2] == "T"} == {"getpid", "madvise", "mremap"}
     needed = {line[-1].partition("@")[0] for line in lines if line[-2] == "U"}
-    assert needed <= {"__errno_location", "getpagesize", "memcpy", "memset", "strncmp", "__stack_chk_fail"}
+    assert needed <= {
+        "__errno_location",
+        "getpagesize",
+        "memcpy",
+        "memset",
+        "strncmp",
+        "strrchr",
+        "getenv",
+        "__stack_chk_fail",
+    }
 
 
 def test_the_shim_compiles_for_aarch64(tmp_path):

@@ -32,6 +32,7 @@ class SimulatedSandbox:
     def __init__(self, clock, fate, spec):
         self._clock, self._fate, self.spec = clock, fate, spec
         self.events = {}
+        self.unrenewed = ()
         self.killed = self.committed = False
 
     def wait_for(self, event, timeout_s):
@@ -43,6 +44,7 @@ class SimulatedSandbox:
             self._clock.pass_(timeout_s)
             raise HotstartError(f"the sandbox did not report {event!r} within {timeout_s:g} s")
         self._pass("restored", self._fate)
+        self._pass("renewed", 0.002)
         assert event in self.events
         self._clock.pass_(0.0001)  # until the news is read
 
@@ -199,6 +201,7 @@ def test_the_receipt_of_a_simulated_restore_adds_up_to_the_time_that_passed_and_
     stages = measure_stages({**replica.spans, **stages_of_init(replica.running.events)}, 100.0, replica.answered_at)
     assert sum(stages.values()) == pytest.approx(restore.clock() - 100.0)
     assert stages["criu"] == pytest.approx(0.03)
+    assert stages["renew"] == pytest.approx(0.002)
     assert stages["first_answer"] == pytest.approx(0.05)
     assert stages["unaccounted"] == pytest.approx(0, abs=1e-9)
 
@@ -278,7 +281,7 @@ def test_when_something_else_of_the_sandbox_fails_criu_is_not_blamed():
 
 def test_when_a_restore_takes_too_long_no_log_is_blamed():
     restore = Restore(fate=RESTORE_TIMEOUT_S + 1).start()
-    with pytest.raises(HotstartError, match="did not report 'restored' within 120 s"):
+    with pytest.raises(HotstartError, match="did not report 'renewed' within 120 s"):
         restore.finish()
     assert restore.logs_read == []
 

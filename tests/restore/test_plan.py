@@ -3,8 +3,8 @@
 import pytest
 from msgspec import structs
 
-from hotstart.restore.plan import ColdRestore, FileFact, NodeFacts, WorkingSetFacts, make_plan, refusals
-from hotstart.snapshot.manifest import MemoryFile, NeededFile, Process, RecordedRestore
+from hotstart.restore.plan import LAZY_BYTES, ColdRestore, FileFact, NodeFacts, WorkingSetFacts, make_plan, refusals
+from hotstart.snapshot.manifest import File, Manifest, MemoryFile, NeededFile, Process, RecordedRestore
 from tests.samples import HOST, LIBRARY, a_manifest
 
 MIB = 1 << 20
@@ -112,7 +112,7 @@ def test_each_process_is_planned_with_its_reason_and_what_must_be_read():
     assert "mapped privately" in mapped.reason
     assert (copied.pid, copied.strategy, copied.memory_file) == (1010, "copied", None)
     assert (copied.data_bytes, copied.resident_bytes) == (0, None)
-    assert "in CRIU's images" in copied.reason
+    assert "a plain dump was asked for" in copied.reason
 
 
 @pytest.mark.parametrize(
@@ -229,3 +229,34 @@ def test_the_rest_follows_only_where_memory_is_plentiful():
 def test_a_snapshot_that_is_only_in_the_store_says_so():
     (note,) = make_plan(a_manifest(), a_node(local=False)).notes
     assert "only in the store" in note
+
+
+def unsafe_manifest(image_bytes: int = LAZY_BYTES) -> Manifest:
+    unsafe = Process(1020, "server", 8, None, "userfaultfd", "the preload shim is not in it")
+    manifest = a_manifest()
+    pages = File("images/pages-1.img", image_bytes, ())
+    return a_manifest(processes=(*manifest.processes[:1], unsafe), files=(*manifest.files, pages))
+
+
+def test_a_process_that_must_not_be_mapped_gets_its_pages_as_it_asks_for_them():
+    plan = make_plan(unsafe_manifest(), a_node())
+    assert plan.on_demand
+    assert plan.strategy == "mapped+userfaultfd"
+    assert plan.processes[1].reason.startswith("the preload shim is not in it: ")
+
+
+def test_it_is_copied_where_userfaultfd_cannot_be_used_and_the_plan_says_so():
+    plan = make_plan(unsafe_manifest(), a_node(no_userfaultfd="userfaultfd cannot be used here (not permitted)"))
+    assert not plan.on_demand
+    assert plan.processes[1].strategy == "copied"
+    assert "not permitted" in plan.processes[1].reason
+
+
+def test_a_small_one_is_copied():
+    plan = make_plan(unsafe_manifest(LAZY_BYTES - 1), a_node())
+    assert (plan.on_demand, plan.strategy) == (False, "mapped+copied")
+
+
+def test_what_is_in_images_counts_as_memory_that_a_replica_needs():
+    assert make_plan(unsafe_manifest(1 << 30), a_node(free_memory_bytes=1 << 30)).refusals
+    assert not make_plan(unsafe_manifest(), a_node(free_memory_bytes=1 << 30)).refusals

@@ -36,7 +36,7 @@ def family(*processes):
             for wanted in comparisons(areas, layouts)
             for block in compare(wanted, pages, processes[wanted.base][1])
         ]
-        layouts.append(lay_out(areas, blocks))
+        layouts.append(lay_out(areas, blocks=blocks))
     return layouts
 
 

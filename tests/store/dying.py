@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 
-CALLS = ("link", "unlink", "rename", "replace", "fsync", "fchmod", "mkdir", "rmdir", "ftruncate", "pwrite")
+CALLS = ("link", "unlink", "rename", "replace", "fsync", "fchmod", "mkdir", "rmdir", "ftruncate", "pwrite", "pwritev")
 KILLED, FAILED = 137, 99
 
 
@@ -103,6 +103,9 @@ def finishes_unless_killed_at_call(n: int, when: str, action: Callable[[], objec
                             if when == "after" and name == "pwrite":
                                 fd, data, offset = args
                                 call(fd, data[: len(data) // 2], offset)
+                            elif when == "after" and name == "pwritev":
+                                fd, (first, *_), offset = args
+                                call(fd, [first[: len(first) // 2]], offset)
                             elif when == "after":
                                 call(*args, **named)
                         os._exit(KILLED)

@@ -44,11 +44,12 @@ def memory_of(name, note=b""):
 
 
 def make_local(
-    home, name="llm-1", memory_id="00ff00ff00ff00ff", *, digested=True, regions=b"", note=b"", **changes
+    home, name="llm-1", memory_id="00ff00ff00ff00ff", *, digested=True, regions=b"", note=b"", ram=None, **changes
 ) -> LocalSnapshot:
-    """Make a snapshot in a HOTSTART_HOME as a capture does: two images, a file pack, two memory files."""
-    snapshots = LocalSnapshots(str(home))
-    os.makedirs(os.path.join(snapshots.memory_root, memory_id), exist_ok=True)
+    """Make a snapshot in a HOTSTART_HOME as a capture does: two images, a file pack, two memory files (in the folder `ram`)."""
+    snapshots = LocalSnapshots(str(home), ram and str(ram))
+    memory_root = str(ram or snapshots.memory_root)
+    os.makedirs(os.path.join(memory_root, memory_id), exist_ok=True)
     memory = []
     with snapshots.begin(name) as partial:
         os.mkdir(os.path.join(partial.folder, "images"))
@@ -63,7 +64,7 @@ def make_local(
                 f.write(data)
         for i in range(2):
             memory_name = f"{memory_id}/ab-{i}.mem"
-            path = os.path.join(snapshots.memory_root, memory_name)
+            path = os.path.join(memory_root, memory_name)
             write_sparse(path, memory_of(name, note + bytes([i + 1])), DATA_END + TAIL)
             memory.append(MemoryFile(memory_name, DATA_END + TAIL, DATA_END, 0, ""))
         manifest = a_manifest(

@@ -13,6 +13,7 @@ from itertools import pairwise
 import pytest
 
 from hotstart.errors import HotstartError
+from hotstart.store.buffers import Buffers
 from hotstart.store.collecting import collect
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.port import Missing
@@ -59,14 +60,14 @@ root, step = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-pwrite = os.pwrite
+pwritev = os.pwritev
 
-def torn(fd, data, at):
-    pwrite(fd, data[: len(data) // 2], at)
+def torn(fd, pieces, at):
+    pwritev(fd, [pieces[0][: len(pieces[0]) // 2]], at)
     die()
 
 if step == "write":
-    os.pwrite = torn
+    os.pwritev = torn
 else:
     setattr(os, step, die)
 directory.DirectoryStore(root).write("packs/a", b"0123456789" * 1000)
@@ -105,6 +106,25 @@ def test_what_goes_past_the_page_cache_is_written_to_the_last_byte(root, monkeyp
     assert DirectoryStore(str(root)).write("packs/a", *(data[a:b] for a, b in pairwise(cuts)))
     assert (root / "packs" / "a").read_bytes() == data
     assert leftovers(root) == []
+
+
+def test_parts_that_begin_at_a_page_and_others_are_written_in_their_order(root):
+    chance = random.Random(5)
+    buffers = Buffers(1 << 20)
+    for number in range(20):
+        parts = []
+        for _ in range(chance.randrange(1, 30)):
+            data = chance.randbytes(chance.choice([1, 4095, 4096, 65_536, 70_000, 1 << 18, 1 << 20]))
+            if chance.random() < 0.6:
+                memory = buffers.take()[: len(data)]
+                memory[:] = data
+                parts.append(memory)
+            else:
+                parts.append(data)
+            if chance.random() < 0.7:
+                parts.append(bytes(-sum(map(len, parts)) % 4096))
+        assert DirectoryStore(str(root)).write(f"packs/{number}", *parts)
+        assert (root / "packs" / str(number)).read_bytes() == b"".join(parts)
 
 
 _WRITE_FOR_EVER = """
@@ -228,6 +248,7 @@ def test_a_folder_of_objects_is_no_object(root):
 _FILL = """
 import json, os, sys
 from hotstart.errors import HotstartError
+from hotstart.store.buffers import Buffers
 from hotstart.store.directory import DirectoryStore
 
 store = DirectoryStore(sys.argv[1])

@@ -13,25 +13,32 @@ from msgspec import Struct, structs
 import hotstart
 from hotstart.adapters.criu.dumper import CriuDumper
 from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter_command
-from hotstart.adapters.linux.host import host_fingerprint, needed_files
+from hotstart.adapters.linux.facts import our_privileges, process_facts
+from hotstart.adapters.linux.host import free_memory_bytes, host_fingerprint, needed_files
 from hotstart.adapters.linux.pagecache import populate
-from hotstart.adapters.linux.procfs import mapped_files, memory_bytes, tree
+from hotstart.adapters.linux.procfs import children, mapped_files, memory_bytes, process_name, tree
+from hotstart.adapters.linux.traits import TraitsReader
 from hotstart.api.recording import restore_and_record, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
-from hotstart.errors import BadUsage, HotstartError, NotFound
+from hotstart.errors import BadUsage, HotstartError, MachineLacks, NotFound, Refused
 from hotstart.snapshot.capture import REGIONS, Captured, FoldedProcess, Source, capture
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.layout import MEMORY_FOLDER, TAIL_BYTES, Placed
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
+from hotstart.snapshot.obstacles import lacking, obstacle
 from hotstart.snapshot.secrets import secret_names
+from hotstart.snapshot.tier import why_not_ram
 from hotstart.snapshot.warmup import Oracle, Request
 from hotstart.snapshot.worker import WorkerSpec
 from hotstart.store.digesting import Progress, describe_file, no_progress
 from hotstart.store.local import LocalSnapshot, PartialSnapshot
 
 if TYPE_CHECKING:
-    from hotstart.adapters.linux.runfolder import SandboxState
+    from hotstart.adapters.linux.runfolder import RunFolder, SandboxState
     from hotstart.api.core import Hotstart
+
+
+_PAGES_TIMEOUT_S = 600.0
 
 
 class SnapshotOptions(Struct, frozen=True):
@@ -52,7 +59,7 @@ class SnapshotTaken(Struct, frozen=True):
     """Seconds since the snapshot was asked for: worker ready and warm, restorable here, everything done; and how long it stood.
 
     `stored_bytes` is what it added to the store, None until it is packed; `fold_refused` why memory is not mapped, if so;
-    `secrets` the variables of its environment that look like secrets.
+    `ram_refused` why the memory files were not written to RAM first, if so; `secrets` the variables of its environment that look like secrets.
     """
 
     snapshot: str
@@ -64,6 +71,7 @@ class SnapshotTaken(Struct, frozen=True):
     usable_s: float
     total_s: float
     fold_refused: str | None
+    ram_refused: str | None
     secrets: tuple[str, ...]
 
 
@@ -115,10 +123,18 @@ def take_snapshot(
             folder, state = starting.folder, starting.state()
         progressing.stage("warming up")
         oracle = hotstart_.warm_up(state, folder.door, options.warmup, options.oracle_ignore) or state.oracle
-        _require_room(hotstart_, state, fold=options.fold)
+        needed_bytes = _require_room(hotstart_, state, fold=options.fold)
         ready = time.monotonic()
         progressing.stage("capturing")
-        local, captured = _capture(hotstart_, partial, name, state, oracle, options)
+        with hotstart_.ram.claim() as ours:
+            place = (
+                _choose_place(hotstart_, state, needed_bytes, alone=ours)
+                if options.fold
+                else _on_disk(hotstart_, state)
+            )
+            if not starting:
+                state = place.noted_in(folder, state)
+            local, captured = _capture(hotstart_, partial, name, state, place, oracle, options)
         usable = time.monotonic()
         hotstart_.keep_kdat(state.init_pid)
         trial = trial_name(name)
@@ -136,7 +152,7 @@ def take_snapshot(
                 hotstart_.remove(trial, force=True)
             hotstart_.remove_snapshot(name)
             raise
-        write_identity(state.init_pid, state.name, "worker")
+        write_identity(state.init_pid, state.name, "worker", state.address)
         if not starting and not options.keep:
             hotstart_.remove(state.name, force=True)
     return SnapshotTaken(
@@ -149,12 +165,13 @@ def take_snapshot(
         usable_s=usable - asked,
         total_s=tried - asked,
         fold_refused=captured.refused,
+        ram_refused=place.ram_refused,
         secrets=secret_names(state.worker.environment),
     )
 
 
-def _require_room(hotstart_: Hotstart, state: SandboxState, *, fold: bool) -> None:
-    """Fail before anything is frozen if the memory will not fit on the disk. What processes share is folded once."""
+def _require_room(hotstart_: Hotstart, state: SandboxState, *, fold: bool) -> int:
+    """Fail before anything is frozen if the memory will not fit on the disk; returns its bytes. What processes share counts once."""
     kinds = ("Pss_Anon", "SwapPss") if fold else ("Anonymous", "Swap")
     needed = sum(m.get(kind, 0) for m in map(memory_bytes, tree(state.host_root_pid())) for kind in kinds)
     st = os.statvfs(hotstart_.snapshots.memory_root)
@@ -164,6 +181,42 @@ def _require_room(hotstart_: Hotstart, state: SandboxState, *, fold: bool) -> No
             f"no room in {hotstart_.home}: the worker's memory is {needed >> 20} MiB, {free >> 20} MiB are free; "
             "free some space or set HOTSTART_HOME"
         )
+    return needed
+
+
+class _Place(Struct, frozen=True):
+    """Where the memory files of a capture are written."""
+
+    memory_id: str
+    folder: str
+    in_ram: bool
+    ram_refused: str | None
+
+    def noted_in(self, folder: RunFolder, state: SandboxState) -> SandboxState:
+        """Note in a running worker's state that it will have them bound, before it has."""
+        if not self.in_ram:
+            return state
+        ids = {"memory_ids": (*state.memory_ids, self.memory_id), "ram_ids": (*state.ram_ids, self.memory_id)}
+        state = structs.replace(state, **ids)
+        folder.save(state)
+        return state
+
+
+def _on_disk(hotstart_: Hotstart, state: SandboxState, reason: str | None = None) -> _Place:
+    return _Place(state.memory_id, hotstart_.snapshots.memory_folder(state.memory_id), in_ram=False, ram_refused=reason)
+
+
+def _choose_place(hotstart_: Hotstart, state: SandboxState, needed_bytes: int, *, alone: bool) -> _Place:
+    """RAM if that is plentiful, else the disk."""
+    if not alone:
+        return _on_disk(hotstart_, state, "another snapshot is being written to RAM")
+    if reason := why_not_ram(needed_bytes, free_memory_bytes(), hotstart_.ram.held_bytes):
+        return _on_disk(hotstart_, state, reason)
+    memory_id = os.urandom(8).hex()
+    try:
+        return _Place(memory_id, hotstart_.ram.make(memory_id), in_ram=True, ram_refused=None)
+    except OSError as e:
+        return _on_disk(hotstart_, state, f"{hotstart_.ram.path} cannot be made: {e.strerror}")
 
 
 def _capture(
@@ -171,30 +224,34 @@ def _capture(
     partial: PartialSnapshot,
     name: str,
     state: SandboxState,
+    place: _Place,
     oracle: Oracle | None,
     options: SnapshotOptions,
 ) -> tuple[LocalSnapshot, Captured]:
     root_pid = state.host_root_pid()
+    _wait_for_pages(state.init_pid, root_pid)
     pids = tree(root_pid)
     _require_whole_tree(state.init_pid, root_pid)
+    _require_no_obstacle(state.init_pid, pids)
     host_folders = (*state.worker.visible, *state.worker.writable)
     needs = needed_files(pids, host_folders)
     logical = sum(memory_bytes(pid).get("Rss", 0) for pid in pids)
     generation = os.urandom(4).hex()
-    memory_folder = os.path.join(hotstart_.snapshots.memory_root, state.memory_id)
-    processes = {_inner_pid(pid): _process(pid) for pid in pids}
-    mapped_before = {_inner_pid(pid): _memory_names(mapped_files(pid)) for pid in pids}
+    processes = _describe_processes(pids)
+    mapped_before = _memory_mapped(pids)
+    traits = TraitsReader(os.path.join(hotstart_.home, "cache", "raw-callers.json"))
+    traits.look_ahead(pids)
     captured = capture(
-        Source(state.init_pid, root_pid, memory_folder, state.memory_id, generation),
+        Source(state.init_pid, root_pid, place.folder, place.memory_id, generation),
         partial.folder,
         fold=options.fold,
-        freezer=LinuxFreezer(),
+        freezer=LinuxFreezer(traits),
         dumper=CriuDumper(hotstart_.criu(), enter_command, state.root_pid, (partial.lock_fd,)),
         packer=LinuxFilePacker(),
         clock=time.monotonic,
     )
     memory = [
-        MemoryFile(f"{state.memory_id}/{p.memory_file}", p.layout.size_bytes, p.layout.data_end, p.copied_bytes, "")
+        MemoryFile(f"{place.memory_id}/{p.memory_file}", p.layout.size_bytes, p.layout.data_end, p.copied_bytes, "")
         for p in captured.folded
         if p.memory_file
     ]
@@ -202,9 +259,9 @@ def _capture(
     memory += _older_memory(hotstart_, state, {name for names in older.values() for name in names})
     memory_file = {pid: min(names) for pid, names in older.items() if names}
     memory_file |= {
-        p.pid: f"{state.memory_id}/{file}" for p in captured.folded if (file := _memory_file_of(p, captured.folded))
+        p.pid: f"{place.memory_id}/{file}" for p in captured.folded if (file := _memory_file_of(p, captured.folded))
     }
-    folded = {p.pid for p in captured.folded} | memory_file.keys()
+    by_pid = {p.pid: p for p in captured.folded}
     _write_regions(os.path.join(partial.folder, REGIONS), captured)
     manifest = Manifest(
         name=name,
@@ -215,12 +272,11 @@ def _capture(
         root_pid=state.root_pid,
         log_pipe=state.log_pipe,
         processes=tuple(
-            structs.replace(
-                process,
-                memory_file=memory_file.get(pid),
-                strategy="mapped" if pid in folded else "copied",
+            _with_strategy(
+                process, by_pid.get(pid), memory_file.get(pid), captured.refused, asked_plain=not options.fold
             )
             for pid, process in processes.items()
+            if pid in by_pid or not by_pid  # else it ended before the tree stood still
         ),
         files=_describe_all(partial.folder),
         memory=tuple(memory),
@@ -256,7 +312,7 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, names: set[str]) -> 
     """
     for name in sorted(names):
         try:
-            st = os.stat(os.path.join(hotstart_.snapshots.memory_root, name))
+            st = os.stat(hotstart_.snapshots.memory.path(name))
         except OSError as e:
             raise HotstartError(
                 f"{state.name} has mapped memory of a snapshot that was removed: restore it again from one that exists"
@@ -265,12 +321,23 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, names: set[str]) -> 
 
 
 def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progressing: Progressing) -> LocalSnapshot:
-    """Digest the memory, then restore once: what is kept is known to work, and how long it takes."""
+    """Bring the memory to the disk, digest it, restore once: what is kept is known to work, and how long it takes."""
+    progressing.stage("writing to the disk")
+    local.spill(progressing.measured(local.manifest.data_bytes))
     progressing.stage("digesting")
     local.digest_memory(populate, progressing.measured(local.manifest.data_bytes))
     progressing.stage("trying it")
     local.record(*restore_and_record(hotstart_, local, trial))
     return local
+
+
+def _wait_for_pages(init_pid: int, root_pid: int) -> None:
+    """Wait until a replica's page server has brought all pages and ended: until then its memory cannot be read."""
+    deadline = time.monotonic() + _PAGES_TIMEOUT_S
+    while any(pid != root_pid and process_name(pid) == "criu" for pid in children(init_pid)):
+        if time.monotonic() > deadline:
+            raise HotstartError(f"the replica's memory was still being loaded after {_PAGES_TIMEOUT_S:g} s: try later")
+        time.sleep(0.01)
 
 
 def _require_whole_tree(init_pid: int, root_pid: int) -> None:
@@ -286,10 +353,49 @@ def _inner_pid(pid: int) -> int:
         return int(next(line for line in f if line.startswith(b"NSpid:")).split()[-1])
 
 
+def _require_no_obstacle(init_pid: int, pids: Sequence[int]) -> None:
+    """Raise Refused for a process that cannot be checkpointed, MachineLacks for one that cannot be here."""
+    ours = our_privileges()
+    for pid in pids:
+        try:
+            facts = process_facts(pid, init_pid)
+        except OSError:  # it ended meanwhile
+            continue
+        if reason := obstacle(facts):
+            raise Refused(reason)
+        if reason := lacking(facts, ours):
+            raise MachineLacks(reason)
+
+
+def _describe_processes(pids: Sequence[int]) -> dict[int, Process]:
+    found = {}
+    for pid in pids:
+        with suppress(OSError):  # it ended while we looked
+            found[_inner_pid(pid)] = _process(pid)
+    return found
+
+
+def _memory_mapped(pids: Sequence[int]) -> dict[int, set[str]]:
+    """Memory files that processes have mapped, by the pid inside."""
+    found = {}
+    for pid in pids:
+        with suppress(OSError):
+            found[_inner_pid(pid)] = _memory_names(mapped_files(pid))
+    return found
+
+
 def _process(pid: int) -> Process:
-    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as f:
-        name = f.read().strip()
-    return Process(_inner_pid(pid), name, len(os.listdir(f"/proc/{pid}/task")), None, "copied")
+    return Process(_inner_pid(pid), process_name(pid), len(os.listdir(f"/proc/{pid}/task")), None, "copied")
+
+
+def _with_strategy(
+    process: Process, folded: FoldedProcess | None, file: str | None, refused: str | None, *, asked_plain: bool
+) -> Process:
+    process = structs.replace(process, memory_file=file)
+    if folded and not folded.unsafe:
+        return structs.replace(process, strategy="mapped")
+    reason = folded.unsafe if folded else refused
+    return structs.replace(process, strategy="copied" if asked_plain else "userfaultfd", reason=reason)
 
 
 def _describe_all(folder: str) -> tuple[File, ...]:

@@ -14,6 +14,7 @@ from hotstart.adapters.ask import DoorAsker
 from hotstart.adapters.criu.program import Criu, find_criu
 from hotstart.adapters.linux.cgroups import remove_cgroups
 from hotstart.adapters.linux.procfs import memory_bytes, tree
+from hotstart.adapters.linux.ramfolder import RamFolder
 from hotstart.adapters.linux.runfolder import RunFolder, RunFolders, SandboxState
 from hotstart.adapters.linux.sandbox import kill_init
 from hotstart.api.ports import Publish
@@ -58,7 +59,8 @@ class Hotstart:
             if os.fsencode(path).decode(errors="replace") != path:
                 raise BadUsage(f"{name} is not UTF-8: name another folder")
         self.folders = RunFolders(self.run_root)
-        self.snapshots = LocalSnapshots(self.home)
+        self.ram = RamFolder(self.run_root)
+        self.snapshots = LocalSnapshots(self.home, self.ram.path)
         self.asker = DoorAsker()
         self._clock_start = clock_start
         self._criu: Criu | None = None
@@ -273,15 +275,18 @@ class Hotstart:
 
     def node_facts(self, manifest: Manifest) -> NodeFacts:
         """Gather what a plan needs to know of this machine."""
-        from hotstart.adapters.linux.host import file_facts, free_memory_bytes, host_fingerprint
+        from hotstart.adapters.linux.host import file_facts, free_memory_bytes, host_fingerprint, why_no_userfaultfd
         from hotstart.adapters.linux.node import read_bandwidth
-        from hotstart.adapters.linux.pagecache import resident_part
+        from hotstart.adapters.linux.pagecache import resident_bytes
 
         resident: dict[str, int | None] = {}
         for memory in manifest.memory:
-            with suppress(OSError):
-                part = resident_part(os.path.join(self.snapshots.memory_root, memory.name), memory.data_end)
-                resident[memory.name] = None if part is None else int(part * memory.data_bytes)
+            with (
+                suppress(OSError),
+                open(self.snapshots.memory.path(memory.name), "rb") as f,
+            ):
+                there = resident_bytes(f.fileno(), [(0, memory.data_end)])  # holes that were read count, too
+                resident[memory.name] = None if there is None else min(there, memory.data_bytes)
         local = manifest.name in self.snapshots.names()
         cold = WorkingSetFacts()
         if local and any(resident.get(m.name) != m.data_bytes for m in manifest.memory):
@@ -297,6 +302,9 @@ class Hotstart:
             local=local,
             cores=len(os.sched_getaffinity(0)),
             working_set=cold,
+            no_userfaultfd=why_no_userfaultfd()
+            if any(p.strategy == "userfaultfd" for p in manifest.processes)
+            else None,
         )
 
     def restore(
@@ -355,7 +363,8 @@ class Hotstart:
     def sweep(self) -> None:
         """Remove what killed commands left behind."""
         self.folders.sweep()
-        self.snapshots.sweep(self.folders.live_memory_ids)
+        self.snapshots.sweep(self.folders.live_memory_ids, self.folders.live_ram_ids)
+        self.ram.unmount_if_empty()
 
     def require_privileges(self) -> None:
         """Raise MachineLacks if this cannot work here for want of privileges; make our folders, closed to other users.

@@ -24,7 +24,7 @@ from hotstart.restore.plan import Plan
 from hotstart.restore.receipt import Receipt, Span, measure_stages, stages_of_init
 from hotstart.snapshot.layout import MEMORY_FOLDER
 from hotstart.snapshot.sandbox import Bind, SandboxSpec
-from hotstart.snapshot.worker import SUPPORT_FOLDER
+from hotstart.snapshot.worker import RENEWAL_FOLDER, SUPPORT_FOLDER
 from hotstart.store.local import LocalSnapshot
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class RestoringReplicas:
         self._cgroups: list[tuple[str, ...]] = []
         self._addresses: list[str | None] = []
         self._memory_ids: list[str] = []
+        self._ram_ids: list[tuple[str, ...]] = []
         self._stack = ExitStack()
         self._asked = 0.0
         self._done = False
@@ -128,17 +129,24 @@ class RestoringReplicas:
         self._cgroups.append(make_cgroups(folder.path, worker.memory_bytes, worker.cpus))
         os.mkdir(folder.file("work"))
         with open(folder.file("identity"), "wb") as f:
-            f.write(identity_document(folder.name, "replica", self._environment))
+            f.write(identity_document(folder.name, "replica", self._addresses[i], self._environment))
         images_fd = os.open(self._local.path("images"), os.O_RDONLY | os.O_DIRECTORY)
         work_fd = os.open(folder.file("work"), os.O_RDONLY | os.O_DIRECTORY)
         self._stack.callback(os.close, images_fd)
         self._stack.callback(os.close, work_fd)
         ids = [*dict.fromkeys(m.name.partition("/")[0] for m in manifest.memory), memory_id]
+        # Chosen once it is known that it is being started: what is in RAM stays there until its state says what it has.
+        bound = {m: hotstart.snapshots.memory_folder(m) for m in ids}
+        self._ram_ids.append(tuple(m for m, path in bound.items() if os.path.dirname(path) == hotstart.ram.path))
         copies = [(folder.file("identity"), f"{SUPPORT_FOLDER}/identity")]
         if os.path.exists(hotstart.kdat_path()):
             copies.append((hotstart.kdat_path(), f"/run/{KDAT}"))
         spec = SandboxSpec(
-            program=tuple(hotstart.criu().restore_command(images_fd, work_fd, manifest.log_pipe)),
+            program=tuple(
+                hotstart.criu().restore_command(images_fd, work_fd, manifest.log_pipe, on_demand=self._plan.on_demand)
+            ),
+            page_server=tuple(hotstart.criu().page_server_command(images_fd, work_fd)) if self._plan.on_demand else (),
+            page_server_fd=work_fd,
             cwd="/",
             environment={"PATH": os.defpath},
             root_pid=manifest.root_pid,
@@ -148,7 +156,7 @@ class RestoringReplicas:
             door_path=folder.door,
             binds=(
                 *worker_binds(worker),
-                *(Bind(os.path.join(hotstart.snapshots.memory_root, m), f"{MEMORY_FOLDER}/{m}") for m in ids),
+                *(Bind(path, f"{MEMORY_FOLDER}/{m}") for m, path in bound.items()),
             ),
             copies=tuple(copies),
             file_pack=self._local.path("files.pack"),
@@ -156,6 +164,7 @@ class RestoringReplicas:
             cgroups=self._cgroups[-1],
             restored_log_fd=LOG_FD,
             keep_fds=(images_fd, work_fd),
+            renewal=RENEWAL_FOLDER,
         )
         self._replicas.append(Replica(folder.name, spec))
 
@@ -222,6 +231,7 @@ class RestoringReplicas:
             snapshot=manifest.name,
             address=self._addresses[i],
             cgroups=self._cgroups[i],
+            ram_ids=self._ram_ids[i],
         )
         try:
             pid = state.host_root_pid()
@@ -243,7 +253,7 @@ class RestoringReplicas:
             replica=replica.name,
             snapshot=self._local.manifest.name,
             digest=self._local.digest(),
-            strategy="mapped" if self._local.manifest.memory else "copied",
+            strategy=self._plan.strategy,
             stages=measure_stages(spans, self._asked, ended),
             resumed_s=resumed - self._asked,
             first_answer_s=answered - self._asked if answered else None,
@@ -253,4 +263,6 @@ class RestoringReplicas:
             predicted_first_answer_s=self._plan.predicted_first_answer_s,
             working_set_missing=self._plan.working_set_missing,
             prefetched=self._plan.prefetch,
+            unrenewed=replica.running.unrenewed,
+            processes=self._plan.processes,
         )

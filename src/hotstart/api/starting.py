@@ -21,19 +21,28 @@ from hotstart.errors import BadUsage
 from hotstart.snapshot.layout import MEMORY_FOLDER, UNFOLDED
 from hotstart.snapshot.sandbox import Bind, Sandbox, SandboxSpec
 from hotstart.snapshot.warmup import Oracle
-from hotstart.snapshot.worker import ROOT_PID, SUPPORT_FOLDER, WorkerSpec
+from hotstart.snapshot.worker import KEEP_RANDOM, RENEWAL_FOLDER, ROOT_PID, SUPPORT_FOLDER, WorkerSpec
 
 if TYPE_CHECKING:
     from hotstart.api.core import Hotstart
 
 _INIT_TIMEOUT_S = 30.0
 _LAST_BYTES = 4000
+_PYTHON_FOLDER = f"{SUPPORT_FOLDER}/python"
+_PYTHON_FILES = {"sitecustomize.py": "sitecustomize.py", "renewal.py": "hotstart_renewal.py"}
 
 
 def _environment(worker: WorkerSpec) -> dict[str, str]:
-    shim = f"{SUPPORT_FOLDER}/shim.so"
-    preload = worker.environment.get("LD_PRELOAD")
-    return {**worker.environment, "HOTSTART_SANDBOX": "1", "LD_PRELOAD": f"{shim}:{preload}" if preload else shim}
+    first = {"LD_PRELOAD": f"{SUPPORT_FOLDER}/shim.so"}
+    if not worker.environment.get(KEEP_RANDOM):
+        first["PYTHONPATH"] = _PYTHON_FOLDER
+    given = worker.environment
+    ours = {name: f"{path}:{given[name]}" if given.get(name) else path for name, path in first.items()}
+    return {**given, **ours, "HOTSTART_SANDBOX": "1"}
+
+
+def _worker_file(name: str) -> str:
+    return os.path.join(os.path.dirname(os.path.dirname(__file__)), "worker", name)
 
 
 class StartingWorker:
@@ -90,7 +99,12 @@ class StartingWorker:
                 *worker_binds(worker),
                 Bind(os.path.join(memory_root, self.memory_id), f"{MEMORY_FOLDER}/{self.memory_id}"),
             ),
-            copies=((native_program("libhotstart-shim.so"), f"{SUPPORT_FOLDER}/shim.so"), (os.devnull, UNFOLDED)),
+            copies=(
+                (native_program("libhotstart-shim.so"), f"{SUPPORT_FOLDER}/shim.so"),
+                *((_worker_file(name), f"{_PYTHON_FOLDER}/{inside}") for name, inside in _PYTHON_FILES.items()),
+                (os.devnull, UNFOLDED),
+            ),
+            renewal=RENEWAL_FOLDER,
             listeners=listeners,
             cgroups=self._cgroups,
         )
@@ -108,7 +122,7 @@ class StartingWorker:
 
     def identify(self) -> None:
         """Tell a worker that waits in `checkpoint()` that it goes on."""
-        write_identity(self.sandbox.init_pid, self.folder.name, self._kind)
+        write_identity(self.sandbox.init_pid, self.folder.name, self._kind, self.address)
 
     def state(self) -> SandboxState:
         """Describe it."""
@@ -176,20 +190,29 @@ def worker_binds(worker: WorkerSpec) -> tuple[Bind, ...]:
     )
 
 
-def write_identity(init_pid: int, name: str, kind: str) -> None:
+def write_identity(init_pid: int, name: str, kind: str, address: str | None) -> None:
     """Tell the SDK in a sandbox who its worker is; all at once, it may be reading."""
     path = f"/proc/{init_pid}/root{SUPPORT_FOLDER}/identity"
     with suppress(FileNotFoundError):
         with open(f"{path}.aside", "wb") as f:
-            f.write(identity_document(name, kind))
+            f.write(identity_document(name, kind, address))
         os.replace(f"{path}.aside", path)
 
 
-def identity_document(name: str, kind: str, environment: Mapping[str, str] | None = None) -> bytes:
-    """What the SDK's resume hooks get; the variables of `environment` are set before."""
+def identity_document(name: str, kind: str, address: str | None, environment: Mapping[str, str] | None = None) -> bytes:
+    """What the SDK's resume hooks get; the variables of `environment` are set before. `address` is the published one."""
     from msgspec import json
 
-    return json.encode({"kind": kind, "name": name, "environment": environment or {}})
+    return json.encode(
+        {
+            "kind": kind,
+            "name": name,
+            "address": address,
+            "port": int(address.rpartition(":")[2]) if address else None,
+            "seed": int.from_bytes(os.urandom(8), "big"),
+            "environment": environment or {},
+        }
+    )
 
 
 def last_words(log_path: str) -> str:

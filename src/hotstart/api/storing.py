@@ -202,6 +202,7 @@ def import_snapshot(hotstart: Hotstart, path: str, progressing: Progressing) -> 
 def complete_digests(local: LocalSnapshot, progressing: Progressing) -> None:
     """Digest memory files that a command was killed over; until now only seals vouched for them."""
     if not local.digested:
+        local.spill()
         local.digest_memory(populate, progressing.measured(local.manifest.data_bytes))
 
 

@@ -30,6 +30,8 @@ def main(arguments: list[str], _entered: float) -> int:
         rows.append((name, seconds(took), f"{took / total:.1%}", bar))
         at += took
     print_table(("STAGE", "TOOK", "PART", ""), rows)
+    for process in receipt.get("processes", ()):
+        print(f"process {process['pid']} ({process['name']}): {process['strategy']}: {process['reason']}")
     print(
         f"total {seconds(total)}; resumed {seconds(receipt['resumed_s'])} (predicted {seconds(receipt['predicted_resumed_s'])}), ",
         end="",
@@ -37,4 +39,6 @@ def main(arguments: list[str], _entered: float) -> int:
     print(
         f"first answer {seconds(receipt['first_answer_s'])} (predicted {seconds(receipt['predicted_first_answer_s'])})"
     )
+    if receipt.get("unrenewed"):
+        print(f"random numbers were not renewed in {', '.join(receipt['unrenewed'])} (pids inside)")
     return 0

@@ -231,8 +231,8 @@ def _inspect(arguments: list[str]) -> int:
             f"recorded  resumed {seconds(manifest.recorded.resumed_s)}, first answer {seconds(manifest.recorded.first_answer_s)}"
         )
     print_table(
-        ("PID", "PROCESS", "THREADS", "STRATEGY", "MEMORY FILE"),
-        ((x.pid, x.name, x.threads, x.strategy, x.memory_file or "-") for x in manifest.processes),
+        ("PID", "PROCESS", "THREADS", "STRATEGY", "MEMORY FILE, OR WHY NONE"),
+        ((x.pid, x.name, x.threads, x.strategy, x.memory_file or x.reason or "-") for x in manifest.processes),
     )
     return 0
 

@@ -22,6 +22,10 @@
  *   -p PID           the root's pid inside; the worker is started with it, a restored tree has it
  *   -r FD            restore: PROGRAM is CRIU; the write end of the log pipe is passed to it as descriptor FD
  *   -K FD            keep FD open for PROGRAM (repeatable)
+ *   -n DIR           renewal: made for a worker; whoever of a restored tree has left a file named like its pid there gets
+ *                    SIGURG, and says in DIR/.answers, "PID [WHAT IT COULD NOT]", that it has renewed itself
+ *   -P FD            PROGRAM ARG... is two commands, separated by "--": a page server (CRIU's), which listens in the folder FD,
+ *                    and the restore that sends it a userfaultfd for each process
  *
  * What stands as | is the byte 0x1f: paths may hold anything that people type.
  *
@@ -29,6 +33,7 @@
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/close_range.h>
@@ -37,6 +42,7 @@
 #include <linux/seccomp.h>
 #include <net/if.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
@@ -53,6 +59,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -69,13 +76,13 @@ struct pair { char *source, *target; int writable; };
 struct publish { int fd, port; };
 
 static struct {
-	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid;
-	char *hostname, *workdir;
+	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid, pages;
+	char *hostname, *workdir, *renewal;
 	struct pair binds[MAX_LIST], copies[MAX_LIST];
 	struct publish publishes[MAX_LIST];
 	int cgroups[MAX_LIST], keeps[MAX_LIST];
 	int n_binds, n_copies, n_publishes, n_cgroups, n_keeps;
-} opt = {.status = -1, .lifeline = -1, .log = -1, .result = -1, .door = -1, .pack = -1};
+} opt = {.status = -1, .lifeline = -1, .log = -1, .result = -1, .door = -1, .pack = -1, .pages = -1};
 
 static struct rlimit files_of_program;
 
@@ -121,7 +128,7 @@ static struct pair split_pair(char *text, int writable)
 static char **parse(int argc, char **argv)
 {
 	int o;
-	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:")) != -1) {
+	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:n:P:")) != -1) {
 		switch (o) {
 		case 's': opt.status = atoi(optarg); break;
 		case 'l': opt.lifeline = atoi(optarg); break;
@@ -131,8 +138,10 @@ static char **parse(int argc, char **argv)
 		case 'h': opt.hostname = optarg; break;
 		case 'c': opt.workdir = optarg; break;
 		case 'u': opt.pack = atoi(optarg); break;
+		case 'n': opt.renewal = optarg; break;
 		case 'p': opt.root_pid = atoi(optarg); break;
 		case 'r': opt.is_restore = 1; opt.restore_fd = atoi(optarg); break;
+		case 'P': opt.pages = atoi(optarg); break;
 		case 'g': ADD(opt.cgroups, opt.n_cgroups, atoi(optarg)); break;
 		case 'K': ADD(opt.keeps, opt.n_keeps, atoi(optarg)); break;
 		case 'b': ADD(opt.binds, opt.n_binds, split_pair(optarg, 0)); break;
@@ -229,6 +238,10 @@ static void make_mounts(void)
 		close(tree[i]);
 	}
 	for (int i = 0; i < opt.n_copies; i++) copy_small(&opt.copies[i], file[i]);
+	if (opt.renewal && !opt.is_restore) {
+		make_folders(opt.renewal);
+		if (chmod(opt.renewal, 01777)) die(opt.renewal); /* for processes that give up being root */
+	}
 }
 
 static void loopback_up(void)
@@ -308,10 +321,81 @@ static pid_t start(char **program, int log_write)
 	return -1;
 }
 
+/* ---- pages on demand ------------------------------------------------------------------------------------------ */
+
+/* A page that its server has not brought must never be taken for zeros, which is what the kernel gives once the last descriptor
+ * of a userfaultfd is closed. So the restore meets us where it expects the server: we hold a descriptor of each, and if the
+ * server fails, everything is killed before we let go. Not covered is a process forked while pages are still being brought,
+ * whose descriptor only the server has: for the moment between the server's death and our noticing. */
+enum { FINISHED = 0x52535446 }; /* criu/uffd.c, LAZY_PAGES_RESTORE_FINISHED */
+static const char page_socket[] = "lazy-pages.socket"; /* LAZY_PAGES_SOCK_NAME */
+static pid_t page_server;
+static int to_page_server = -1, page_listener = -1, *held, n_held;
+
+static struct sockaddr_un page_address(void)
+{
+	struct sockaddr_un a = {.sun_family = AF_UNIX};
+	snprintf(a.sun_path, sizeof a.sun_path, "/proc/self/fd/%d/%s", opt.pages, page_socket);
+	return a;
+}
+
+static void start_page_server(char **program)
+{
+	struct sockaddr_un address = page_address();
+	page_server = fork();
+	if (page_server < 0) die("fork");
+	if (!page_server) {
+		sigset_t none;
+		sigemptyset(&none);
+		sigprocmask(SIG_SETMASK, &none, 0);
+		signal(SIGPIPE, SIG_DFL);
+		for (int i = 0; i < opt.n_keeps; i++) fcntl(opt.keeps[i], F_SETFD, 0);
+		execvp(program[0], program);
+		_exit(127);
+	}
+	to_page_server = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	while (connect(to_page_server, (struct sockaddr *)&address, sizeof address)) {
+		int st;
+		if (errno != ENOENT && errno != ECONNREFUSED) die("page server");
+		if (waitpid(page_server, &st, WNOHANG)) { errno = ECHILD; die("the page server did not start"); }
+		usleep(200);
+	}
+	unlink(address.sun_path); /* it has one client; the next one is ours */
+	page_listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (bind(page_listener, (struct sockaddr *)&address, sizeof address) || listen(page_listener, 1)) die(page_socket);
+}
+
+static int keep_and_pass(int from) /* the userfaultfd that follows a pid; 0: nothing went wrong */
+{
+	char byte, control[CMSG_SPACE(sizeof(int))];
+	struct iovec data = {&byte, 1};
+	struct msghdr m = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+	if (recvmsg(from, &m, MSG_CMSG_CLOEXEC) != 1 || !CMSG_FIRSTHDR(&m)) return -1;
+	int *more = realloc(held, sizeof *held * (size_t)(n_held + 1));
+	if (!more) return -1;
+	held = more;
+	memcpy(&held[n_held++], CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof(int));
+	return sendmsg(to_page_server, &m, MSG_NOSIGNAL) == 1 ? 0 : -1;
+}
+
+static int pass_to_page_server(int from) /* one message: a pid with its descriptor, a zombie's negated pid, or FINISHED */
+{
+	int32_t word;
+	if (recv(from, &word, sizeof word, MSG_WAITALL) != sizeof word) return -1;
+	if (send(to_page_server, &word, sizeof word, MSG_NOSIGNAL) != sizeof word) return -1;
+	return word == FINISHED || word < 0 ? 0 : keep_and_pass(from);
+}
+
+static void let_pages_go(void)
+{
+	while (n_held) close(held[--n_held]);
+	page_server = 0;
+}
+
 /* ---- relays: connections from the host to ports inside ----------------------------------------------------- */
 
 enum { RELAY_BYTES = 65536, CONNECTED = 0x06 };
-enum kind { SIGNALS, LIFELINE, LOG, DOOR, PUBLISH, END };
+enum kind { SIGNALS, LIFELINE, LOG, DOOR, PUBLISH, PAGES_DOOR, PAGES, END };
 
 struct watch { enum kind kind; int fd, port; struct end *end; };
 struct end {             /* one side of a relay; what is read from it waits in buffer for the other side */
@@ -514,6 +598,131 @@ static void relay(struct end *e, uint32_t events)
 	arm(other);
 }
 
+/* ---- renewal: what must not be the same in two replicas ------------------------------------------------------ */
+
+enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, AGAIN_US = 500, LATER_MS = 10 };
+
+struct renewal { pid_t *pids; size_t count; char unrenewed[300]; };
+
+static size_t read_text(const char *path, char *text, size_t size)
+{
+	int f = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n = f < 0 ? 0 : read(f, text, size - 1);
+	if (f >= 0) close(f);
+	text[n < 0 ? 0 : n] = 0;
+	return n < 0 ? 0 : (size_t)n;
+}
+
+static int catches_urgent(pid_t pid) /* who does not has ended, or become another program: the signal would be ignored */
+{
+	char path[32], text[4096];
+	snprintf(path, sizeof path, "/proc/%d/status", pid);
+	read_text(path, text, sizeof text);
+	char *caught = strstr(text, "SigCgt:\t");
+	return caught && strtoull(caught + 8, 0, 16) >> (SIGURG - 1) & 1;
+}
+
+static int sleeps(pid_t pid, pid_t thread) /* it waits, and not for a disk */
+{
+	char path[64], text[512];
+	snprintf(path, sizeof path, "/proc/%d/task/%d/stat", pid, thread);
+	read_text(path, text, sizeof text);
+	char *after_name = strrchr(text, ')');
+	return !after_name || !strchr("RD", after_name[2]);
+}
+
+static int all_sleep(pid_t pid) /* nobody is about to let its first thread run Python */
+{
+	char path[32];
+	int asleep = 1;
+	snprintf(path, sizeof path, "/proc/%d/task", pid);
+	DIR *threads = opendir(path);
+	for (struct dirent *e; threads && asleep && (e = readdir(threads));)
+		asleep = e->d_name[0] == '.' || sleeps(pid, (pid_t)atoi(e->d_name));
+	if (threads) closedir(threads);
+	return asleep;
+}
+
+static void tell_unrenewed(struct renewal *r, pid_t pid, const char *what)
+{
+	size_t n = strlen(r->unrenewed);
+	snprintf(r->unrenewed + n, sizeof r->unrenewed - n, *what ? "%s%d:%s" : "%s%d", n ? " " : "", pid, what);
+}
+
+static void take_answer(struct renewal *r, char *line)
+{
+	char *what;
+	pid_t pid = (pid_t)strtol(line, &what, 10);
+	for (size_t i = 0; i < r->count; i++) {
+		if (r->pids[i] != pid) continue;
+		r->pids[i] = r->pids[--r->count];
+		if (*what == ' ') tell_unrenewed(r, pid, what + 1);
+		return;
+	}
+}
+
+static void wait_for_answers(struct renewal *r, int answers, double began)
+{
+	char text[4096];
+	size_t filled = 0;
+	struct pollfd p = {.fd = answers, .events = POLLIN};
+	while (r->count) {
+		int passed_ms = (int)((monotonic() - began) * 1000), patient = passed_ms < PATIENCE_MS;
+		struct timespec pause = {.tv_nsec = patient ? AGAIN_US * 1000 : LATER_MS * 1000000};
+		if (ppoll(&p, 1, &pause, 0) == 0) {
+			for (size_t i = 0; i < r->count; i++) {
+				/* The signal may have come before the restored thread took up its call again: then nothing has ended that. */
+				if (sleeps(r->pids[i], r->pids[i])) kill(r->pids[i], SIGURG);
+				if (!patient) patient = passed_ms < MOST_PATIENCE_MS && !all_sleep(r->pids[i]);
+			}
+			if (!patient) break;
+			continue;
+		}
+		ssize_t n = read(answers, text + filled, sizeof text - filled);
+		if (n <= 0) continue;
+		filled += (size_t)n;
+		char *line = text;
+		for (char *end; (end = memchr(line, '\n', filled - (size_t)(line - text))); line = end + 1) {
+			*end = 0;
+			take_answer(r, line);
+		}
+		filled -= (size_t)(line - text);
+		memmove(text, line, filled);
+		if (filled == sizeof text) filled = 0; /* none of ours is that long */
+	}
+}
+
+/* Before anything from outside reaches the tree. Nobody who cannot answer holds a replica up for long. */
+static void renew(void)
+{
+	double began = monotonic();
+	struct renewal r = {0};
+	char path[PATH_MAX];
+	DIR *folder = opt.renewal ? opendir(opt.renewal) : 0; /* not there in snapshots of older versions */
+	if (folder) {
+		snprintf(path, sizeof path, "%s/.answers", opt.renewal);
+		int answers = mkfifo(path, 0666) ? -1 : open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+		chmod(path, 0666);
+		for (struct dirent *e; answers >= 0 && (e = readdir(folder));) {
+			pid_t pid = (pid_t)atoi(e->d_name);
+			if (pid <= 1 || !catches_urgent(pid)) continue;
+			pid_t *more = realloc(r.pids, (r.count + 1) * sizeof *more);
+			if (!more) break;
+			r.pids = more;
+			if (!kill(pid, SIGURG)) r.pids[r.count++] = pid;
+		}
+		closedir(folder);
+		if (answers >= 0) {
+			wait_for_answers(&r, answers, began);
+			close(answers);
+		}
+		unlink(path);
+		for (size_t i = 0; i < r.count; i++) tell_unrenewed(&r, r.pids[i], "");
+		free(r.pids);
+	}
+	event("renewed", began, monotonic(), r.unrenewed);
+}
+
 /* ---- main loop -------------------------------------------------------------------------------------------- */
 
 /* What is in the pipe and no more: a worker that never stops writing must not keep us from the rest, nor from ending. */
@@ -540,11 +749,26 @@ static void finish(int wait_status, int log_read)
 	_exit(0); /* the kernel ends everything else in this pid namespace */
 }
 
+/* Its memory is incomplete for good: nothing of it may run on. */
+static void end_without_pages(int log_read)
+{
+	static const char why[] = "hotstart: the page server failed; the replica was ended, for its memory is not complete\n";
+	double now = monotonic();
+	kill(-1, SIGKILL); /* all but us */
+	while (waitpid(-1, 0, 0) > 0 || errno == EINTR) { }
+	pump_log(log_read);
+	if (opt.log >= 0 && write(opt.log, why, sizeof why - 1) < 0) { /* disk full */ }
+	event("error", now, now, "the page server failed, the memory of what was restored is not complete");
+	finish(SIGKILL, log_read);
+}
+
 static int reap(pid_t program, pid_t root, int log_read) /* 1 once a restore has succeeded */
 {
-	int st, restored = 0;
+	int st, restored = 0, lost = 0;
 	for (pid_t p; (p = waitpid(-1, &st, WNOHANG)) > 0;) {
 		if (p == root) finish(st, log_read);
+		if (p == page_server && st) lost = 1;
+		else if (p == page_server) let_pages_go();
 		if (p != program || !opt.is_restore) continue;
 		if (!WIFEXITED(st) || WEXITSTATUS(st)) {
 			char text[32];
@@ -555,7 +779,14 @@ static int reap(pid_t program, pid_t root, int log_read) /* 1 once a restore has
 		event("restored", program_began, monotonic(), "");
 		restored = 1;
 	}
+	if (lost) end_without_pages(log_read); /* not before: if the restore failed, that is the reason */
 	return restored;
+}
+
+static void open_doors(struct watch *door, struct watch *doors)
+{
+	if (door->fd >= 0) watch(door, EPOLLIN, EPOLL_CTL_ADD);
+	for (int i = 0; i < opt.n_publishes; i++) watch(&doors[i], EPOLLIN, EPOLL_CTL_ADD);
 }
 
 static void serve(pid_t program, int signals, int log_read)
@@ -563,15 +794,15 @@ static void serve(pid_t program, int signals, int log_read)
 	pid_t root = opt.is_restore ? opt.root_pid : program;
 	struct watch sig = {.kind = SIGNALS, .fd = signals}, life = {.kind = LIFELINE, .fd = opt.lifeline};
 	struct watch log = {.kind = LOG, .fd = log_read}, door = {.kind = DOOR, .fd = opt.door};
+	struct watch pages_door = {.kind = PAGES_DOOR, .fd = page_listener}, pages = {.kind = PAGES};
 	struct watch doors[MAX_LIST];
+	if (page_listener >= 0) watch(&pages_door, EPOLLIN, EPOLL_CTL_ADD);
 	watch(&sig, EPOLLIN, EPOLL_CTL_ADD);
+	for (int i = 0; i < opt.n_publishes; i++)
+		doors[i] = (struct watch){.kind = PUBLISH, .fd = opt.publishes[i].fd, .port = opt.publishes[i].port};
 	watch(&log, EPOLLIN, EPOLL_CTL_ADD);
 	if (opt.lifeline >= 0) watch(&life, EPOLLIN, EPOLL_CTL_ADD);
-	if (opt.door >= 0) watch(&door, EPOLLIN, EPOLL_CTL_ADD);
-	for (int i = 0; i < opt.n_publishes; i++) {
-		doors[i] = (struct watch){.kind = PUBLISH, .fd = opt.publishes[i].fd, .port = opt.publishes[i].port};
-		watch(&doors[i], EPOLLIN, EPOLL_CTL_ADD);
-	}
+	if (!opt.is_restore) open_doors(&door, doors);
 	for (;;) {
 		struct epoll_event ready[64];
 		int n = epoll_wait(ep, ready, 64, -1);
@@ -583,7 +814,11 @@ static void serve(pid_t program, int signals, int log_read)
 				while (read(signals, &s, sizeof s) == sizeof s) {
 					if (s.ssi_signo != SIGCHLD) kill(root, (int)s.ssi_signo);
 				}
-				if (reap(program, root, log_read)) program = 0; /* its pid may be another's one day */
+				if (reap(program, root, log_read)) {
+					program = 0; /* its pid may be another's one day */
+					renew();
+					open_doors(&door, doors);
+				}
 				break;
 			}
 			case LIFELINE: {
@@ -597,6 +832,17 @@ static void serve(pid_t program, int signals, int log_read)
 				break;
 			}
 			case LOG: pump_log(log_read); break;
+			case PAGES_DOOR:
+				pages.fd = accept4(w->fd, 0, 0, SOCK_CLOEXEC);
+				if (pages.fd < 0) break;
+				close(w->fd);
+				watch(&pages, EPOLLIN, EPOLL_CTL_ADD);
+				break;
+			case PAGES:
+				if (!pass_to_page_server(w->fd)) break;
+				close(w->fd); /* the restore has ended; so the server learns it */
+				close(to_page_server);
+				break;
 			case DOOR: case PUBLISH: accept_from(w); break;
 			case END: relay(w->end, ready[i].events); break;
 			}
@@ -643,6 +889,13 @@ static void init(char **program, double began)
 	dup2(null, 2);
 	ep = epoll_create1(EPOLL_CLOEXEC);
 	int signals = signalfd(-1, &all, SFD_NONBLOCK | SFD_CLOEXEC);
+	if (opt.pages >= 0) {
+		char **server = program;
+		while (*program && strcmp(*program, "--")) program++;
+		if (!*program) { errno = EINVAL; die("no page server"); }
+		*program++ = 0;
+		start_page_server(server);
+	}
 	pid_t pid = start(program, log_pipe[1]);
 	struct stat log_stat;
 	char log_inode[32];

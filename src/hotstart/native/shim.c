@@ -1,4 +1,5 @@
-/* libhotstart-shim.so: preloaded in a sandbox, keeps madvise(2) and mremap(2) true after a fold.
+/* libhotstart-shim.so: preloaded in a sandbox, keeps madvise(2) and mremap(2) true after a fold, and lets OpenSSL notice that it
+ * goes on as a replica (the last section; all before that is about the fold).
  *
  * A fold replaces private anonymous memory by private mappings of /run/hotstart/mem/ID/NAME.mem ("ours" below). Three
  * things then differ, all for the worse: what is thrown away comes back from the file instead of as zeros (jemalloc's
@@ -13,14 +14,18 @@
  * Not covered: raw system calls (Go, static programs), the C library's calls to itself, a process that changes its root.
  */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <link.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -378,4 +383,50 @@ void *mremap(void *old_address, size_t old_length, size_t new_length, int flags,
 	if (r >= 0) return (void *)r;
 	errno = (int)-r;
 	return MAP_FAILED;
+}
+
+/* ---- getpid -------------------------------------------------------------------------------------------------
+
+ * OpenSSL (1.1.1 and later) seeds a generator anew when the pid is another than the last time, because that is a fork, and asks
+ * for the pid for nothing but its generators. A replica has its original's pid, so libcrypto, and nobody else, is told
+ * one that changes with the file which says whose life this is. Where OpenSSL is part of a program or of another library, its
+ * calls cannot be told from the others, and get what those get: the pid. */
+
+#define IDENTITY "/run/hotstart/identity"
+
+static int (*find_object)(void *, struct dl_find_object *); /* glibc 2.35: takes no lock, may be called anywhere */
+
+/* By the oldest name of dlsym, and weakly: a C library that lacks either gets the rest of this file. */
+void *old_dlsym(void *, const char *) __attribute__((weak));
+#if defined(__x86_64__)
+__asm__(".symver old_dlsym, dlsym@GLIBC_2.2.5");
+#elif defined(__aarch64__)
+__asm__(".symver old_dlsym, dlsym@GLIBC_2.17");
+#endif
+
+__attribute__((constructor)) static void find_finder(void)
+{
+	const char *keep = getenv("HOTSTART_KEEP_RANDOM");
+	if (old_dlsym && !(keep && *keep)) *(void **)&find_object = old_dlsym(RTLD_DEFAULT, "_dl_find_object");
+}
+
+static bool is_libcrypto(void *caller)
+{
+	struct dl_find_object object;
+	if (!find_object || find_object(caller, &object) || !object.dlfo_link_map->l_name) return false;
+	const char *path = object.dlfo_link_map->l_name, *slash = strrchr(path, '/');
+	return !strncmp(slash ? slash + 1 : path, "libcrypto", 9);
+}
+
+static pid_t life(void) /* 0 in a worker that is not yet told who it is */
+{
+	struct statx st;
+	if (kernel(SYS_statx, AT_FDCWD, (long)IDENTITY, 0, STATX_CTIME, (long)&st)) return 0;
+	return (pid_t)((st.stx_ctime.tv_nsec ^ (uint32_t)st.stx_ctime.tv_sec << 12) & 0x7ffff000);
+}
+
+pid_t getpid(void)
+{
+	pid_t pid = (pid_t)kernel(SYS_getpid, 0, 0, 0, 0, 0);
+	return is_libcrypto(__builtin_return_address(0)) ? pid ^ life() : pid;
 }

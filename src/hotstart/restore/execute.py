@@ -75,14 +75,14 @@ def finish_replica(
     *,
     wait: bool,
 ) -> None:
-    """Wait for one replica to be resumed, and to answer as the warm worker did. Raises HotstartError."""
+    """Wait for one replica to be resumed and renewed, and to answer as the warm worker did. Raises HotstartError."""
     try:
-        replica.running.wait_for("restored", RESTORE_TIMEOUT_S)
+        replica.running.wait_for("renewed", RESTORE_TIMEOUT_S)
     except ProgramFailed as e:
         why = why_criu_failed(os.path.join(work_folder, "restore.log"))
         raise HotstartError(f"CRIU could not restore: {why or e}") from e
     replica.resumed_at = clock()
-    replica.spans["notice"] = replica.running.events["restored"][1], replica.resumed_at
+    replica.spans["notice"] = replica.running.events["renewed"][1], replica.resumed_at
     if port is None:
         return
     if oracle is None or not wait:

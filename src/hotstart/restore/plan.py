@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from hotstart.snapshot.manifest import HostFingerprint, Manifest, NeededFile
+from hotstart.snapshot.manifest import HostFingerprint, Manifest, NeededFile, Process
 
 _WORTH_READING = 8 << 20  # bytes; a disk brings them in the time that a restore takes to begin
 _SUSPICIOUS = 2.0  # times as long as the disk alone
 _READ_AHEAD_LEAVES = 4  # free memory must be so many times what is read only because it may be needed later
+# Less than this is restored sooner by copying it first than by bringing pages as they are asked for (docs/benchmarks.md).
+LAZY_BYTES = 64 << 20
 _DIRTIED_PART = 20  # a replica's own memory was below 3 % of the worker in every engine measured; keep 5 % free
 
 
@@ -39,7 +41,10 @@ class WorkingSetFacts(Struct, frozen=True):
 
 
 class NodeFacts(Struct, frozen=True):
-    """What a plan needs to know of this machine. Bandwidth in bytes per second; None: not measured yet."""
+    """What a plan needs to know of this machine. Bandwidth in bytes per second; None: not measured yet.
+
+    `no_userfaultfd` says why pages cannot be brought as they are asked for, if so.
+    """
 
     host: HostFingerprint
     free_memory_bytes: int
@@ -49,6 +54,7 @@ class NodeFacts(Struct, frozen=True):
     local: bool
     cores: int = 1
     working_set: WorkingSetFacts = WorkingSetFacts()
+    no_userfaultfd: str | None = None
 
 
 class ProcessPlan(Struct, frozen=True):
@@ -83,6 +89,16 @@ class Plan(Struct, frozen=True):
     read_ahead: bool
     predicted_resumed_s: float | None
     predicted_first_answer_s: float | None
+
+    @property
+    def on_demand(self) -> bool:
+        """Say whether pages are brought to the tree as it asks for them."""
+        return any(p.strategy == "userfaultfd" for p in self.processes)
+
+    @property
+    def strategy(self) -> str:
+        """The strategies of all processes, each once, in the order of the tree."""
+        return "+".join(dict.fromkeys(p.strategy for p in self.processes))
 
 
 def make_plan(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> Plan:
@@ -167,16 +183,12 @@ def _process_plans(manifest: Manifest, node: NodeFacts) -> list[ProcessPlan]:
     plans = []
     for process in manifest.processes:
         memory = by_name.get(process.memory_file or "")
-        reason = (
-            "its memory file is mapped privately: pages are shared until they are written"
-            if memory
-            else "all of its memory is in CRIU's images"
-        )
+        strategy, reason = _strategy(process, manifest, node)
         plans.append(
             ProcessPlan(
                 process.pid,
                 process.name,
-                process.strategy,
+                strategy,
                 reason,
                 process.memory_file,
                 memory.data_bytes if memory else 0,
@@ -184,6 +196,19 @@ def _process_plans(manifest: Manifest, node: NodeFacts) -> list[ProcessPlan]:
             )
         )
     return plans
+
+
+def _strategy(process: Process, manifest: Manifest, node: NodeFacts) -> tuple[str, str]:
+    if process.memory_file:
+        return process.strategy, "its memory file is mapped privately: pages are shared until they are written"
+    why = process.reason or "all of its memory is in CRIU's images"
+    if process.strategy != "userfaultfd":
+        return process.strategy, why
+    if node.no_userfaultfd:
+        return "copied", f"{why}; {node.no_userfaultfd}"
+    if manifest.image_bytes < LAZY_BYTES:
+        return "copied", f"{why}; so little is there sooner if it is copied first"
+    return process.strategy, f"{why}: its pages are brought as it asks for them"
 
 
 def _notes(node: NodeFacts, missing: int) -> list[str]:
@@ -210,10 +235,9 @@ def refusals(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> list[str
         reason = _why_changed(need, node.files.get(need.path))
         if reason:
             found.append(reason)
-    needed = manifest.logical_bytes // _DIRTIED_PART
-    copied = not manifest.memory
-    if copied:
-        needed = manifest.logical_bytes
+    needed = (
+        manifest.image_bytes + manifest.logical_bytes // _DIRTIED_PART if manifest.memory else manifest.logical_bytes
+    )
     needed *= replicas
     if node.free_memory_bytes < needed:
         found.append(

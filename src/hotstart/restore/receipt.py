@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from hotstart.restore.plan import ProcessPlan
+
 # When a stage began and ended, in CLOCK_MONOTONIC seconds.
 Span = tuple[float, float]
 
@@ -19,6 +21,7 @@ STAGES = (
     "files",
     "init",
     "criu",
+    "renew",
     "notice",
     "first_answer",
 )
@@ -29,13 +32,16 @@ _INIT_EVENTS = {
     "files": "files",
     "started": "init",
     "restored": "criu",
+    "renewed": "renew",
 }
 
 
 class Receipt(Struct, frozen=True):
     """Seconds of each stage, in order, each measured for itself; what of `total_s` none of them accounts for is the last one.
 
-    `working_set_missing` is what the page cache lacked of the working set, in bytes; `prefetched`: it was read ahead. The clock starts when the restore was asked for and ends at the first correct answer, or at the resume if nobody asked.
+    The clock starts when the restore was asked for and ends at the first correct answer, or at the resume if nobody asked.
+    `unrenewed` are pids inside that may draw random numbers that other replicas draw, "PID:WHAT" where it is only WHAT.
+    `working_set_missing` is what the page cache lacked of the working set, in bytes; `prefetched`: it was read ahead.
     """
 
     replica: str
@@ -51,6 +57,8 @@ class Receipt(Struct, frozen=True):
     predicted_first_answer_s: float | None
     working_set_missing: int | None = None
     prefetched: bool = False
+    unrenewed: tuple[str, ...] = ()
+    processes: tuple[ProcessPlan, ...] = ()
 
 
 def stages_of_init(events: Mapping[str, Span]) -> dict[str, Span]:

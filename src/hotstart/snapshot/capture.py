@@ -27,20 +27,22 @@ REGIONS = "regions.json"  # where each area went, and why
 class FoldedProcess(Struct, frozen=True):
     """One process after a fold: pid inside, its memory file, where its areas went.
 
-    `memory_file` is None if nothing was worth mapping or all of it lies in the files of processes that it shares it with.
+    `memory_file` is None if nothing was mapped or all of it lies in the files of processes that it shares it with; `unsafe` says
+    why it must not be mapped, if so.
     """
 
     pid: int
     memory_file: str | None
     layout: Layout
     copied_bytes: int
+    unsafe: str | None = None
 
 
 class FrozenTree(Protocol):
     """A process tree that stands still; leaving the context without `release` undoes everything."""
 
     def map_memory(self, name_of: Callable[[int], str]) -> list[FoldedProcess]:
-        """Copy every process's memory to files and map them in its place. Raises FoldRefused."""
+        """Copy to files the memory of every process that can be mapped, map them in its place. Raises FoldRefused."""
 
     def release(self) -> None:
         """Let the tree go on."""

@@ -219,8 +219,10 @@ def _backing(area: Area) -> tuple[str, int, int]:
     return (area.path, area.inode, area.offset - area.start) if area.inode else ("", 0, 0)
 
 
-def lay_out(areas: Sequence[Area], blocks: Sequence[Block] = ()) -> Layout:
+def lay_out(areas: Sequence[Area], unsafe: str | None = None, blocks: Sequence[Block] = ()) -> Layout:
     """Give every area that can be mapped its place in the memory file, or in the file of a process that it shares it with.
+
+    `unsafe` says why none of the process's can be mapped.
 
     Areas of 2 MiB and more lie at an offset congruent to their address modulo 2 MiB, so that the kernel can map huge pages
     of the page cache; smaller ones are packed behind each other.
@@ -231,7 +233,7 @@ def lay_out(areas: Sequence[Area], blocks: Sequence[Block] = ()) -> Layout:
     shared = _claims(blocks)
     starts = [block.start for block in shared]
     for area in areas:
-        reason = why_kept(area)
+        reason = why_kept(area) or unsafe
         if reason:
             kept.append(Kept(area, reason))
             continue

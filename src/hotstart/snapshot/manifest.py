@@ -34,13 +34,17 @@ class NeededFile(Struct, frozen=True):
 
 
 class Process(Struct, frozen=True):
-    """One process of the tree: pid inside, command name, how its memory comes back ('mapped' or 'copied')."""
+    """One process of the tree: pid inside, command name, how its memory comes back, and why it is not mapped, if so.
+
+    `strategy` is 'mapped', 'userfaultfd' (CRIU brings pages as they are asked for, 'copied' where that cannot be) or 'copied'.
+    """
 
     pid: int
     name: str
     threads: int
     memory_file: str | None
     strategy: str
+    reason: str | None = None
 
 
 class Chunk(Struct, frozen=True, array_like=True):
@@ -106,6 +110,11 @@ class Manifest(Struct, frozen=True):
     def to_bytes(self) -> bytes:
         """Return the canonical document; its BLAKE3 digest is the snapshot's."""
         return encode(self)
+
+    @property
+    def image_bytes(self) -> int:
+        """Memory that is in CRIU's images: what is not mapped."""
+        return sum(f.size_bytes for f in self.files if f.path.startswith("images/pages-"))
 
     @property
     def data_bytes(self) -> int:

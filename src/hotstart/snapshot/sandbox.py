@@ -22,7 +22,9 @@ class Bind(Struct, frozen=True):
 class SandboxSpec(Struct, frozen=True):
     """Everything that one sandbox is made from. Paths are the host's unless they are targets.
 
-    With `restored_log_fd` the program is CRIU: it gets the log pipe as that descriptor, and the root is what it restores.
+    With `restored_log_fd` the program is CRIU: it gets the log pipe as that descriptor, and the root is what it restores. The
+    processes that are named in the folder `renewal`, inside, are then told to renew themselves.
+    `page_server` is a command that fills the tree's memory as it is asked for; CRIU finds it in the folder `page_server_fd`.
     """
 
     program: tuple[str, ...]
@@ -40,6 +42,9 @@ class SandboxSpec(Struct, frozen=True):
     cgroups: tuple[str, ...] = ()
     restored_log_fd: int | None = None
     keep_fds: tuple[int, ...] = ()
+    renewal: str | None = None
+    page_server: tuple[str, ...] = ()
+    page_server_fd: int = -1
 
 
 class ProgramFailed(HotstartError):
@@ -52,6 +57,7 @@ class Sandbox(Protocol):
     init_pid: int
     log_pipe: str  # what the tree's stdout and stderr are to begin with, as readlink(2) shows it; known once started
     events: dict[str, tuple[float, float]]  # what init did so far: when it began and ended, CLOCK_MONOTONIC seconds
+    unrenewed: tuple[str, ...]  # pids inside that did not renew themselves in time, "PID:WHAT" where only WHAT failed
 
     def wait_for(self, event: str, timeout_s: float) -> None:
         """Wait for init to report an event. Raises HotstartError with init's own reason, ProgramFailed."""

@@ -14,6 +14,8 @@ NAME_RULE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 ROOT_PID = 1000
 PRIVATE_FOLDERS = ("/run", "/tmp", "/dev/shm")
 SUPPORT_FOLDER = "/run/hotstart"
+RENEWAL_FOLDER = f"{SUPPORT_FOLDER}/renewal"  # who wants to be told, in a replica, to renew itself
+KEEP_RANDOM = "HOTSTART_KEEP_RANDOM"  # a variable that spares a worker from that
 
 
 class WorkerSpec(Struct, frozen=True):

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from hotstart.errors import HotstartError
+from hotstart.store.buffers import begins_at_page
 from hotstart.store.durable import sync
 from hotstart.store.port import Bytes, Missing, check_key
 
 _ASIDE = ".aside"
 _BLOCK_BYTES = 4 << 20
+_WORTH_BYTES = 64 << 10  # less is copied: a write of its own would cost more
 # Packs go past the page cache: filling it costs more than the disk does, and what restores map has better use for it.
 _DIRECT_FROM_BYTES = 1 << 20
 
@@ -52,7 +54,7 @@ class DirectoryStore:
             os.makedirs(os.path.dirname(aside), exist_ok=True)
             fd = _create(aside, direct=sum(map(len, parts)) >= _DIRECT_FROM_BYTES)
             try:
-                _write_all(fd, parts)
+                _Writing(fd).write(parts)
                 os.fchmod(fd, 0o444)
                 os.fsync(fd)
             finally:
@@ -123,28 +125,66 @@ def _create(path: str, *, direct: bool) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _write_all(fd: int, parts: tuple[Bytes, ...]) -> None:
-    """Write parts in a row out of one aligned block, as O_DIRECT wants it; the last block is padded, and cut off again."""
-    total = sum(map(len, parts))
-    block = memoryview(mmap.mmap(-1, min(_BLOCK_BYTES, _up_to_page(max(1, total)))))
-    at = filled = 0
-    for part in parts:
-        rest = memoryview(part)
+class _Writing:
+    """Writes parts in a row as O_DIRECT wants it: from memory that begins at a page, whole pages, at a page of the file.
+
+    Parts that are so already are written from where they are, several at once; others out of one aligned block. One of the two is
+    always empty. The last page is padded, and cut off again.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._at = self._filled = 0
+        self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))
+        self._aligned: list[memoryview] = []
+
+    def write(self, parts: tuple[Bytes, ...]) -> None:
+        """Write them all, and end the file there."""
+        for part in parts:
+            rest = memoryview(part)
+            if len(rest) >= _WORTH_BYTES and self._filled % mmap.PAGESIZE == 0 and begins_at_page(rest):
+                whole = len(rest) // mmap.PAGESIZE * mmap.PAGESIZE
+                self._write_block()
+                self._aligned.append(rest[:whole])
+                if sum(map(len, self._aligned)) >= _BLOCK_BYTES:
+                    self._write_aligned()
+                rest = rest[whole:]
+            if rest:
+                self._write_aligned()
+                self._copy(rest)
+        total = self._at + sum(map(len, self._aligned)) + self._filled
+        self._filled = _up_to_page(self._filled)
+        self._write_aligned()
+        self._write_block()
+        os.ftruncate(self._fd, total)
+
+    def _copy(self, rest: memoryview) -> None:
         while rest:
-            piece = rest[: len(block) - filled]
-            block[filled : filled + len(piece)] = piece
-            filled, rest = filled + len(piece), rest[len(piece) :]
-            if filled == len(block):
-                _write_block(fd, block, at)
-                at, filled = at + filled, 0
-    _write_block(fd, block[: _up_to_page(filled)], at)
-    os.ftruncate(fd, total)
+            piece = rest[: len(self._block) - self._filled]
+            self._block[self._filled : self._filled + len(piece)] = piece
+            self._filled, rest = self._filled + len(piece), rest[len(piece) :]
+            if self._filled == len(self._block):
+                self._write_block()
 
+    def _write_block(self) -> None:
+        if self._filled:
+            self._write_vector([self._block[: self._filled]])
+            self._filled = 0
 
-def _write_block(fd: int, block: memoryview, at: int) -> None:
-    while block:
-        written = os.pwrite(fd, block, at)
-        block, at = block[written:], at + written
+    def _write_aligned(self) -> None:
+        if self._aligned:
+            self._write_vector(self._aligned)
+            self._aligned = []
+
+    def _write_vector(self, views: list[memoryview]) -> None:
+        views = [*views]
+        while views:
+            written = os.pwritev(self._fd, views, self._at)
+            self._at += written
+            while views and written >= len(views[0]):
+                written -= len(views.pop(0))
+            if views:
+                views[0] = views[0][written:]
 
 
 def _up_to_page(length: int) -> int:

@@ -30,6 +30,7 @@ from hotstart.store.digesting import (
     no_progress,
 )
 from hotstart.store.durable import sync, write_durably
+from hotstart.store.memoryfolders import SPILLED, MemoryFolders, identity
 
 MANIFEST = "manifest.json"
 SEALS = "seals.json"
@@ -43,10 +44,10 @@ Populate = Callable[[mmap.mmap, list[tuple[int, int]]], None]
 
 
 class LocalSnapshot(Struct):
-    """One snapshot's folder, its manifest and the very bytes of it, and the folder that holds all memory files."""
+    """One snapshot's folder, its manifest and the very bytes of it, and where memory files are."""
 
     folder: str
-    memory_root: str
+    memory: MemoryFolders
     manifest: Manifest
     document: bytes
 
@@ -56,12 +57,17 @@ class LocalSnapshot(Struct):
 
     def memory_path(self, name: str) -> str:
         """Return where a memory file ('ID/N.mem') is."""
-        return os.path.join(self.memory_root, name)
+        return self.memory.path(name)
 
     @property
     def digested(self) -> bool:
         """Whether the memory files' digests are known yet; until then the seal alone vouches for them."""
         return all(m.index for m in self.manifest.memory)
+
+    @property
+    def lost(self) -> bool:
+        """Whether memory files are gone that were never digested: they were in RAM, and the machine was started anew."""
+        return not self.digested and not all(os.path.exists(self.memory_path(m.name)) for m in self.manifest.memory)
 
     def digest(self) -> str:
         """Return the snapshot's digest."""
@@ -117,7 +123,7 @@ class LocalSnapshot(Struct):
         The manifest is known by its digest. With `former_digest` the one that it is about to replace is right, too: whenever we
         are killed, one of the two is in place.
         """
-        seals: dict[str, object] = {name: _identity(path) for name, path in self._sealed_paths()}
+        seals: dict[str, object] = {name: identity(path) for name, path in self._sealed_paths()}
         seals["digests"] = [d for d in (self.digest(), former_digest) if d]
         write_durably(self.path(SEALS), json.encode(seals))
 
@@ -130,11 +136,17 @@ class LocalSnapshot(Struct):
             seals = {}
         if self.digest() not in (seals.get("digests") or []):
             raise Damaged(f"the manifest of snapshot {self.manifest.name} was changed: {_advice(self.manifest.name)}")
-        changed = [name for name, path in self._sealed_paths() if seals.get(name) != _identity(path)]
+        if self.lost:
+            raise Damaged(f"the memory of snapshot {self.manifest.name} was in RAM only and is lost: take it again")
+        changed = [name for name, path in self._sealed_paths() if not self._is_as_sealed(name, path, seals.get(name))]
         if not changed:
             return
         self.verify(only=frozenset(changed))
         self.seal()
+
+    def _is_as_sealed(self, name: str, path: str, sealed: object) -> bool:
+        now = identity(path)
+        return sealed == now or (sealed is not None and self.memory.same_file(name, sealed, now))
 
     def verify(self, only: frozenset[str] | None = None, progress: Progress = no_progress) -> None:
         """Read files and compare them with their digests. Raises Damaged that names the first that differs."""
@@ -182,9 +194,18 @@ class LocalSnapshot(Struct):
 
     # -- digests
 
-    def digest_memory(self, populate: Populate, progress: Progress) -> None:
-        """Digest the memory files, leaving them in the page cache, and write their indexes. Only seals vouched until now."""
+    def spill(self, progress: Progress = no_progress) -> None:
+        """Copy memory files that are in RAM only to the disk. Raises HotstartError if that is full, Damaged."""
         self.check()
+        for memory_id in dict.fromkeys(m.name.partition("/")[0] for m in self.manifest.memory):
+            self.memory.spill(memory_id, progress)
+
+    def digest_memory(self, populate: Populate, progress: Progress) -> None:
+        """Digest the memory files on the disk, leaving them in the page cache, and write their indexes.
+
+        Only seals vouched until now.
+        """
+        self.spill()
         former = self.digest()
         files, memories = list(self.manifest.files), []
         for i, memory in enumerate(self.manifest.memory):
@@ -230,11 +251,12 @@ class LocalSnapshot(Struct):
 
 
 class LocalSnapshots:
-    """All snapshots of a HOTSTART_HOME that this machine holds."""
+    """All snapshots of a HOTSTART_HOME that this machine holds; `ram_root` is where memory files are until they are on the disk."""
 
-    def __init__(self, home: str) -> None:
+    def __init__(self, home: str, ram_root: str | None = None) -> None:
         self.root = os.path.join(home, "cache", "snapshots")
         self.memory_root = os.path.join(home, "cache", "memory")
+        self.memory = MemoryFolders(self.memory_root, ram_root)
 
     def names(self) -> list[str]:
         """Return the names of the snapshots that are here."""
@@ -257,13 +279,13 @@ class LocalSnapshots:
             raise Damaged(
                 f"the folder of snapshot {name} holds the manifest of {manifest.name[:80]!r}: {_advice(name)}"
             )
-        return LocalSnapshot(folder, self.memory_root, manifest, data)
+        return LocalSnapshot(folder, self.memory, manifest, data)
 
     def begin(self, name: str) -> PartialSnapshot:
         """Begin to make a snapshot. Raises BadUsage if there is one of that name, or it is being made."""
         if os.path.isdir(os.path.join(self.root, name)):
             raise BadUsage(f"there is a snapshot {name} already: names are immutable, choose another or remove it")
-        return PartialSnapshot(self.root, self.memory_root, name)
+        return PartialSnapshot(self.root, self.memory, name)
 
     @contextmanager
     def storing(self, name: str) -> Iterator[None]:
@@ -313,13 +335,22 @@ class LocalSnapshots:
         """Return every memory file that a snapshot here has. Raises Damaged if a manifest cannot be read."""
         return {memory.name for name in self.names() for memory in self.open(name).manifest.memory}
 
-    def sweep(self, live_memory_ids: Callable[[], set[str]]) -> None:
+    def memory_folder(self, memory_id: str) -> str:
+        """Return the host's folder that is bound for an id of memory files."""
+        return self.memory.folder(memory_id)
+
+    def sweep(
+        self, live_memory_ids: Callable[[], set[str]], live_in_ram: Callable[[], set[str] | None] = lambda: set()
+    ) -> None:
         """Remove what killed commands left: partial snapshots, memory files of no snapshot and no live sandbox.
+
+        From RAM what is on the disk goes, too, unless a live sandbox has that bound; None where that is not known just now.
+        Snapshots whose memory was lost with RAM go as well.
 
         Whoever makes memory files says so before, by a lock or a run folder, and names them in a manifest before that ends. So
         what is there already is listed first, and then asked for whether somebody needs it.
         """
-        there = list(self._all_memory())
+        there, in_ram = list(self._all_memory()), self.memory.ram_ids()
         being_made = False
         self.forget_pulls(older_than_s=_PULL_IS_KEPT_S)
         with suppress(FileNotFoundError):
@@ -332,6 +363,9 @@ class LocalSnapshots:
             return  # its memory files are not named by any manifest yet
         live = live_memory_ids()
         try:
+            for name in self.unattended():
+                if self.open(name).lost:
+                    self.remove(name)
             kept = self.memory_files()
         except HotstartError:
             return  # a manifest that cannot be read may name any of them: keep them all
@@ -339,17 +373,21 @@ class LocalSnapshots:
             if memory_id in live:
                 continue
             folder = os.path.join(self.memory_root, memory_id)
+            needed = any(f"{memory_id}/{file}" in kept for file in files)
             for file in files:
-                if f"{memory_id}/{file}" not in kept:
+                if f"{memory_id}/{file}" not in kept and not (needed and file == SPILLED):
                     with suppress(FileNotFoundError):
                         os.unlink(os.path.join(folder, file))
             with suppress(OSError):  # a snapshot's
                 os.rmdir(folder)
+        self.memory.sweep(in_ram, {name.partition("/")[0] for name in kept}, live_in_ram)
 
     def _all_memory(self) -> Iterator[tuple[str, list[str]]]:
         """Give the folders of memory files and what is in them."""
         with suppress(FileNotFoundError):
             for memory_id in os.listdir(self.memory_root):
+                if memory_id.startswith("."):
+                    continue
                 with suppress(FileNotFoundError, NotADirectoryError):
                     yield memory_id, os.listdir(os.path.join(self.memory_root, memory_id))
 
@@ -388,9 +426,9 @@ class _Lock:
 class PartialSnapshot:
     """A snapshot that is being made: locked, invisible until `publish`, gone if it is never called."""
 
-    def __init__(self, root: str, memory_root: str, name: str) -> None:
+    def __init__(self, root: str, memory: MemoryFolders, name: str) -> None:
         self.name = name
-        self._root, self._memory_root = root, memory_root
+        self._root, self._memory = root, memory
         self._lock = _Lock(root, name, wait=False)
         self.lock_fd = self._lock.fd
         self.folder = os.path.join(root, f".{name}.partial")
@@ -406,7 +444,7 @@ class PartialSnapshot:
 
     def publish(self, manifest: Manifest) -> LocalSnapshot:
         """Make it visible under its name, complete and sealed. Raises BadUsage if the name was taken meanwhile."""
-        return _publish(self._root, self._memory_root, self.folder, manifest, manifest.to_bytes())
+        return _publish(self._root, self._memory, self.folder, manifest, manifest.to_bytes())
 
 
 class PartialPull:
@@ -416,7 +454,7 @@ class PartialPull:
     """
 
     def __init__(self, snapshots: LocalSnapshots, name: str, digest: str) -> None:
-        self._snapshots, self._root, self._memory_root = snapshots, snapshots.root, snapshots.memory_root
+        self._snapshots, self._root, self._memory = snapshots, snapshots.root, snapshots.memory
         self.folder = os.path.join(self._root, f".{name}.pull-{digest[:16]}")
         self._lock = _Lock(self._root, name, wait=True)
         self.done: LocalSnapshot | None = None
@@ -454,15 +492,15 @@ class PartialPull:
         A memory file that another snapshot here names, too, is replaced by this one, which was just verified. Raises Damaged if
         the other one means something else by it.
         """
-        self._require_no_others(LocalSnapshot(self.folder, self._memory_root, manifest, document))
+        self._require_no_others(LocalSnapshot(self.folder, self._memory, manifest, document))
         for memory in manifest.memory:
-            path = os.path.join(self._memory_root, _checked_memory_name(memory.name))
+            path = os.path.join(self._memory.disk, _checked_memory_name(memory.name))
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.replace(self.memory_path(memory.name), path)
         _remove_tree(os.path.join(self.folder, _MEMORY))
         with open(os.path.join(self.folder, PULLED), "wb"):
             pass
-        return _publish(self._root, self._memory_root, self.folder, manifest, document)
+        return _publish(self._root, self._memory, self.folder, manifest, document)
 
     def _require_no_others(self, mine: LocalSnapshot) -> None:
         memory = {m.name: m for m in mine.manifest.memory}
@@ -504,16 +542,16 @@ def _checked_memory_name(name: str) -> str:
     return name
 
 
-def _publish(root: str, memory_root: str, folder: str, manifest: Manifest, document: bytes) -> LocalSnapshot:
+def _publish(root: str, memory: MemoryFolders, folder: str, manifest: Manifest, document: bytes) -> LocalSnapshot:
     path = os.path.join(root, manifest.name)
     write_durably(os.path.join(folder, MANIFEST), document)
-    LocalSnapshot(folder, memory_root, manifest, document).seal()
+    LocalSnapshot(folder, memory, manifest, document).seal()
     try:
         os.rename(folder, path)
     except OSError as e:
         raise BadUsage(f"there is a snapshot {manifest.name} already: choose another name") from e
     sync(root)
-    return LocalSnapshot(path, memory_root, manifest, document)
+    return LocalSnapshot(path, memory, manifest, document)
 
 
 def _remove_tree(path: str) -> None:
@@ -554,14 +592,6 @@ def _remove_if_unlocked(lock_path: str) -> bool:
             with suppress(FileNotFoundError):
                 os.unlink(lock_path)
         return held
-
-
-def _identity(path: str) -> list[int] | None:
-    try:
-        st = os.stat(path)
-    except OSError:
-        return None
-    return [st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns]
 
 
 def _advice(name: str) -> str:

@@ -1,7 +1,8 @@
 """Pushing a snapshot into a store: reading, verifying, compressing, encrypting and writing overlap.
 
-Memory use is bounded whatever the snapshot's size: packs that are being written and the one that is being filled, 64 MiB each, and
-a few batches of chunks for each thread (`PEAK_BYTES`). A push that was killed goes on where it stopped: the packs that it wrote are
+Chunks are read into memory that is used again and again, and what is not compressed is written from there: fresh memory costs
+more than to fill it. Memory use is bounded whatever the snapshot's size: packs that are being written and the one that is being
+filled, 64 MiB each, and a few batches of chunks for each thread (`PEAK_BYTES`). A push that was killed goes on where it stopped: the packs that it wrote are
 found by their own tables.
 """
 
@@ -19,27 +20,30 @@ from typing import Protocol
 from msgspec import Struct
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
-from hotstart.snapshot.manifest import Manifest
-from hotstart.store.content import digest_of
+from hotstart.snapshot.manifest import MOST_CHUNK_BYTES, Manifest
+from hotstart.store.buffers import Buffers
+from hotstart.store.content import PAGE_BYTES, digest_of
 from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.leases import COLLECT, PUSH, Lease
 from hotstart.store.local import LocalSnapshot
-from hotstart.store.packs import PACK_BYTES, Encoded, Pack, Place, packs_of, read_pack_table
+from hotstart.store.packs import PACK_BYTES, Codec, Encoded, Pack, Place, packs_of, read_pack_table
 from hotstart.store.port import Bytes, Missing
 from hotstart.store.repository import Published, Repository
 
 WRITERS = 3
 BATCH_BYTES = 4 << 20
 _WAIT_FOR_COLLECTION_S = 600.0
-PEAK_BYTES = (WRITERS + 1) * PACK_BYTES + 4 * (os.cpu_count() or 1) * BATCH_BYTES
+_KEPT_PART = 0.75  # of a batch's memory; with less of it left raw, that is copied, and the memory used again at once
+PEAK_BYTES = int((WRITERS + 1) * PACK_BYTES / _KEPT_PART) + 4 * (os.cpu_count() or 1) * BATCH_BYTES
 
 
 class Piece(Struct, frozen=True):
-    """A chunk of the snapshot that is pushed: digest, length, and how to read it."""
+    """A chunk of the snapshot that is pushed: digest, length, how to read it, and how to read it into memory of that length."""
 
     digest: str
     length: int
     read: Callable[[], Bytes]
+    read_into: Callable[[memoryview], int] | None = None
 
 
 class Source(Protocol):
@@ -81,13 +85,13 @@ class LocalSource:
             fd, at = self._open(self._local.path(file.path)), 0
             for chunk in file.chunks:
                 self.require()
-                yield Piece(chunk.digest, chunk.length, partial(os.pread, fd, chunk.length, at))
+                yield _piece_of(fd, chunk.digest, at, chunk.length)
                 at += chunk.length
         for memory in self.manifest.memory:
             fd = self._open(self._local.memory_path(memory.name))
             for extent in self._local.extents(memory):
                 self.require()
-                yield Piece(extent.digest, extent.length, partial(os.pread, fd, extent.length, extent.offset))
+                yield _piece_of(fd, extent.digest, extent.offset, extent.length)
 
     def _open(self, path: str) -> int:
         try:
@@ -97,6 +101,10 @@ class LocalSource:
             raise Damaged(f"{path} of snapshot {self.manifest.name} cannot be read: {e.strerror}") from e
         self._stack.callback(os.close, fd)
         return fd
+
+
+def _piece_of(fd: int, digest: str, at: int, length: int) -> Piece:
+    return Piece(digest, length, partial(os.pread, fd, length, at), lambda memory: os.preadv(fd, [memory], at))
 
 
 class StoredSource:
@@ -269,6 +277,14 @@ def known_places(repository: Repository) -> dict[str, Place]:
     }
 
 
+def _up_to_page(length: int) -> int:
+    return -(-length // PAGE_BYTES) * PAGE_BYTES
+
+
+def _read(piece: Piece, memory: memoryview) -> Bytes:
+    return memory[: piece.read_into(memory)] if piece.read_into else piece.read()
+
+
 class _Packer:
     """Threads that read, verify and compress chunks; one that fills packs; threads that write them."""
 
@@ -281,6 +297,7 @@ class _Packer:
         self._writers = ThreadPoolExecutor(WRITERS)
         self._encoding: deque[Future[list[Encoded]]] = deque()
         self._writing: deque[Future[tuple[dict[str, Place], int]]] = deque()
+        self._buffers, self._codecs = Buffers(BATCH_BYTES + MOST_CHUNK_BYTES), list[Codec]()
         self._pack = self._new_pack()
 
     def run(self, pieces: Iterable[Piece]) -> set[str]:
@@ -297,7 +314,7 @@ class _Packer:
                 self._progress(piece.length)
                 continue
             batch.append(piece)
-            size += piece.length
+            size += _up_to_page(piece.length)
             if size >= BATCH_BYTES:
                 self._submit(batch)
                 batch, size = [], 0
@@ -321,16 +338,22 @@ class _Packer:
             self._fill(self._encoding.popleft().result())
 
     def _encode(self, batch: list[Piece]) -> list[Encoded]:
-        codec, encoded = self._repository.codec(), []
+        codec = self._codecs.pop() if self._codecs else self._repository.codec()
+        memory, at, encoded, raw = self._buffers.take(), 0, list[Encoded](), 0
         for piece in batch:
-            data = piece.read()
+            data = _read(piece, memory[at : at + piece.length])
+            at += _up_to_page(piece.length)
             if len(data) != piece.length or digest_of(data) != piece.digest:
                 raise Damaged(
                     f"what chunk {piece.digest[:12]} is read from has changed since it was digested: nothing of it is published"
                 )
             kind, packed = codec.encode(data)
+            raw += len(packed) if packed is data else 0
             encoded.append(Encoded(piece.digest, piece.length, kind, packed))
-        return encoded
+        self._codecs.append(codec)
+        if raw >= _KEPT_PART * at:
+            return encoded
+        return [Encoded(e.digest, e.length, e.codec, bytes(e.data)) for e in encoded]
 
     def _fill(self, chunks: list[Encoded]) -> None:
         for chunk in chunks:

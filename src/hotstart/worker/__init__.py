@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -27,7 +28,10 @@ def on_quiesce(hook: Callable[[], None]) -> None:
 
 
 def on_resume(hook: Callable[[Identity], None]) -> None:
-    """Call `hook` with the new identity ({"name", "kind", "environment"}) once the worker goes on, here or as a replica."""
+    """Call `hook` with the new identity once the worker goes on, here or as a replica.
+
+    It is {"name", "kind", "address", "port", "seed", "environment"}. In a replica the global random generators are new already.
+    """
     _resume_hooks.append(hook)
 
 
@@ -47,11 +51,24 @@ def checkpoint() -> Identity | None:
     while not os.path.exists(identity_path):
         time.sleep(_POLL_S)
     os.unlink(f"{_FOLDER}/ready")
-    with open(identity_path, encoding="utf-8") as f:
-        identity: Identity = json.load(f)
+    with open(identity_path, "rb") as f:
+        document = f.read()
+    identity: Identity = json.loads(document)
     given = identity.get("environment")
     if isinstance(given, dict):  # what was left out of the snapshot, given at the restore
         os.environ.update(given)
+    if identity["kind"] == "replica":
+        _renew(document)
     for resume in reversed(_resume_hooks):
         resume(identity)
     return identity
+
+
+def _renew(identity: bytes) -> None:
+    """Renew this process, unless Hotstart's signal was faster: what a hook seeds must stay."""
+    if "hotstart_renewal" in sys.modules:
+        sys.modules["hotstart_renewal"].renew(identity)
+    else:
+        from hotstart.worker.renewal import renew
+
+        renew(identity)

@@ -13,6 +13,7 @@ LOG_FD = 1023
 # What dump and restore must agree on. Established connections are dropped: the peers are not here.
 _SHARED_OPTIONS = ("--tcp-close", "--file-locks", "--ext-unix-sk", "--link-remap", "--manage-cgroups=ignore")
 # CRIU says it wherever it may not raise its own limit of open files, and goes on (4.2.1).
+_GHOST_LIMIT = "1000G"  # of a file that was deleted and is still open; CRIU's own limit is 1 MiB
 _HARMLESS = "rlimit: Can't setup RLIMIT_NOFILE for self"
 
 
@@ -52,15 +53,26 @@ class Criu:
         """Dump the tree below `root_pid` (as seen inside) and leave it running; `hook` runs while it is frozen."""
         return [
             self.path, "dump", "--tree", str(root_pid), "--images-dir", f"/proc/self/fd/{images_fd}",
-            "--log-file", "dump.log", "-v2", "--leave-running", "--action-script", hook, *_SHARED_OPTIONS,
+            "--log-file", "dump.log", "-v2", "--leave-running", "--action-script", hook,
+            "--ghost-limit", _GHOST_LIMIT, *_SHARED_OPTIONS,
         ]  # fmt: skip
 
-    def restore_command(self, images_fd: int, work_fd: int, log_pipe: str) -> list[str]:
-        """Restore a tree and end; `log_pipe` is what /proc/PID/fd/1 was at the dump ('pipe:[123]')."""
+    def restore_command(self, images_fd: int, work_fd: int, log_pipe: str, *, on_demand: bool = False) -> list[str]:
+        """Restore a tree and end; `log_pipe` is what /proc/PID/fd/1 was at the dump ('pipe:[123]').
+
+        With `on_demand` its anonymous memory stays empty until a page server (`page_server_command`) fills it.
+        """
         return [
             self.path, "restore", "--restore-detached", "--images-dir", f"/proc/self/fd/{images_fd}",
             "--work-dir", f"/proc/self/fd/{work_fd}", "--log-file", "restore.log", "-v1",
-            "--inherit-fd", f"fd[{LOG_FD}]:{log_pipe}", *_SHARED_OPTIONS,
+            "--inherit-fd", f"fd[{LOG_FD}]:{log_pipe}", *_SHARED_OPTIONS, *(["--lazy-pages"] if on_demand else []),
+        ]  # fmt: skip
+
+    def page_server_command(self, images_fd: int, work_fd: int) -> list[str]:
+        """Bring pages as they are asked for, then all the others, and end; it listens in the work folder for the restore."""
+        return [
+            self.path, "lazy-pages", "--images-dir", f"/proc/self/fd/{images_fd}",
+            "--work-dir", f"/proc/self/fd/{work_fd}", "--log-file", "pages.log", "-v1",
         ]  # fmt: skip
 
 

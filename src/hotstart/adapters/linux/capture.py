@@ -7,18 +7,26 @@ from contextlib import suppress
 
 from hotstart.adapters.linux.filepack import write_file_pack
 from hotstart.adapters.linux.fold import Fold
+from hotstart.adapters.linux.traits import TraitsReader
 from hotstart.snapshot.layout import UNFOLDED
+from hotstart.snapshot.safety import why_unsafe
 
 
 class LinuxFreezer:
-    """Freezes by ptrace; copies with a thread per core."""
+    """Freezes by ptrace; copies with a thread per core. Without `traits` every process counts as safe to map."""
+
+    def __init__(self, traits: TraitsReader | None = None) -> None:
+        self._traits = traits
 
     def freeze(self, root_pid: int, folder: str, inside: str) -> Fold:
         """Freeze the tree below `root_pid`, and tell the preload shim that from now on there may be folded areas."""
-        fold = Fold(root_pid, folder, inside, os.cpu_count() or 1)
+        fold = Fold(root_pid, folder, inside, os.cpu_count() or 1, self._why_unsafe)
         with suppress(OSError):
             os.unlink(f"/proc/{root_pid}/root{UNFOLDED}")
         return fold
+
+    def _why_unsafe(self, pid: int) -> str | None:
+        return why_unsafe(self._traits.read(pid)) if self._traits else None
 
 
 class LinuxFilePacker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import IO
@@ -21,9 +21,23 @@ class Fold:
     The processes stand still from construction until release or exit.
     """
 
-    def __init__(self, root_pid: int, folder: str, inside: str, threads: int) -> None:
-        """Freeze the tree below `root_pid`. Raises FoldRefused if it cannot be frozen."""
-        self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    def __init__(
+        self,
+        root_pid: int,
+        folder: str,
+        inside: str,
+        threads: int,
+        why_unsafe: Callable[[int], str | None] = lambda _: None,
+    ) -> None:
+        """Freeze the tree below `root_pid`; `why_unsafe` says of a pid why it must not be mapped.
+
+        Raises FoldRefused if it cannot be frozen.
+        """
+        self._why_unsafe = why_unsafe
+        try:
+            self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as e:
+            raise FoldRefused(f"its folder for memory files cannot be opened: {folder}: {e.strerror}") from e
         self._program = subprocess.Popen(
             [native_program("hotstart-fold"), str(root_pid), str(self._folder_fd), inside, str(threads)],
             stdin=subprocess.PIPE,
@@ -58,7 +72,8 @@ class Fold:
 
         Raises FoldRefused, with all processes as they were, for example when the disk is full.
         """
-        layouts = self._lay_out_all()
+        unsafe = {pid: self._why_unsafe(pid) for pid in self.pids}
+        layouts = self._lay_out_all(unsafe)
         names = {pid: name_of(i) for i, pid in enumerate(self.pids)}
         orders = []
         for pid, layout in layouts.items():
@@ -73,7 +88,9 @@ class Fold:
         self._say(*orders, "go\n")
         copied = {int(pid): int(size) for word, pid, size in map(str.split, self._until("folded")) if word == "copied"}
         return [
-            FoldedProcess(_inner_pid(pid), names[pid] if layout.data_end else None, layout, copied.get(pid, 0))
+            FoldedProcess(
+                _inner_pid(pid), names[pid] if layout.data_end else None, layout, copied.get(pid, 0), unsafe[pid]
+            )
             for pid, layout in layouts.items()
         ]
 
@@ -84,12 +101,12 @@ class Fold:
         for _ in self._until("released"):
             pass
 
-    def _lay_out_all(self) -> dict[int, Layout]:
+    def _lay_out_all(self, unsafe: Mapping[int, str | None]) -> dict[int, Layout]:
         layouts: dict[int, Layout] = {}
         for pid in self.pids:
             areas = _read_areas(pid)
-            wanted = comparisons(areas, tuple(layouts.values()))
-            layouts[pid] = lay_out(areas, self._compare(pid, wanted) if wanted else ())
+            wanted = comparisons(areas, tuple(layouts.values())) if unsafe[pid] is None else []
+            layouts[pid] = lay_out(areas, unsafe[pid], self._compare(pid, wanted) if wanted else ())
         return layouts
 
     def _compare(self, pid: int, wanted: list[Comparison]) -> list[Block]:

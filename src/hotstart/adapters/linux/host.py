@@ -40,6 +40,35 @@ def free_memory_bytes() -> int:
     return 0
 
 
+def why_no_userfaultfd() -> str | None:
+    """Say why this process may not load another's pages on demand (userfaultfd(2)), or None if it may."""
+    import ctypes
+
+    number = {"x86_64": 323, "aarch64": 282}.get(os.uname().machine)
+    if number is None:
+        return "userfaultfd is not tried on this architecture"
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        return f"userfaultfd cannot be used here ({os.strerror(ctypes.get_errno())})"
+    os.close(fd)
+    return None
+
+
+def gives_free_memory_back() -> bool:
+    """Say whether this is a virtual machine whose free blocks of 2 MiB are its host's until they are touched again.
+
+    That is free page reporting: feature 5 of the balloon, virtio device 5 (virtio specification 1.2, 5.5.3).
+    """
+    devices = "/sys/bus/virtio/devices"
+    for device in _listed(devices):
+        with suppress(OSError), open(f"{devices}/{device}/device", encoding="ascii") as kind:
+            if int(kind.read(), 16) == 5:
+                with open(f"{devices}/{device}/features", encoding="ascii") as features:
+                    return features.read()[5:6] == "1"
+    return False
+
+
 def is_private(path: str, host_folders: Iterable[str]) -> bool:
     """Say whether a path inside a sandbox lies in its private folders and not in one of the host's below them."""
     if any(path == f or path.startswith(f"{f}/") for f in host_folders):

@@ -15,6 +15,15 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+def process_name(pid: int) -> str:
+    """/proc/PID/comm; empty if it is gone."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as f:
+            return f.read().strip()
+    except OSError:
+        return ""
+
+
 def children(pid: int) -> list[int]:
     """Direct children of all threads of a process; empty if it is gone."""
     found: list[int] = []

@@ -16,11 +16,15 @@ from hotstart.snapshot.codec import IllFormedError, decode, encode
 from hotstart.snapshot.warmup import Oracle
 from hotstart.snapshot.worker import WorkerSpec
 
+RAM = ".ram"  # the folder of memory files in RAM, beside the sandboxes' folders
 _LONGEST_STEM = 55  # of the 64 characters that a name, and a host's name, may have
 
 
 class SandboxState(Struct, frozen=True):
-    """A worker or replica. `init_pid` with `init_ticks` names its first process for good; paths are the host's."""
+    """A worker or replica. `init_pid` with `init_ticks` names its first process for good; paths are the host's.
+
+    Of the folders of memory files that it has bound (`memory_ids`), `ram_ids` are in RAM.
+    """
 
     name: str
     kind: str
@@ -37,6 +41,7 @@ class SandboxState(Struct, frozen=True):
     address: str | None = None
     cgroups: tuple[str, ...] = ()
     oracle: Oracle | None = None
+    ram_ids: tuple[str, ...] = ()
 
     def alive(self) -> bool:
         """Say whether it runs."""
@@ -222,7 +227,7 @@ class RunFolders:
         with suppress(FileNotFoundError):
             for name in os.listdir(self.root):
                 folder = RunFolder(os.path.join(self.root, name))
-                if os.path.isdir(folder.path) and (not name.startswith(".") or not _lives(name)):
+                if name != RAM and os.path.isdir(folder.path) and (not name.startswith(".") or not _lives(name)):
                     folder.clear_leftover()
         sweep_cgroups(self.root)
 
@@ -234,6 +239,13 @@ class RunFolders:
                 filter(None, starting)
             )
         return set()
+
+    def live_ram_ids(self) -> set[str] | None:
+        """Folders in RAM that sandboxes have bound; None while one is being started, which may be binding any of them."""
+        with suppress(FileNotFoundError):
+            if any(RunFolder(os.path.join(self.root, name)).being_started() for name in os.listdir(self.root)):
+                return None
+        return {i for _, state in self.all() if state.alive() for i in state.ram_ids}
 
 
 def _lives(aside: str) -> bool:

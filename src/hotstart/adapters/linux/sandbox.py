@@ -28,6 +28,7 @@ class LinuxSandbox:
         self.events: dict[str, tuple[float, float]] = {}
         self.init_pid = 0
         self.log_pipe = ""
+        self.unrenewed: tuple[str, ...] = ()
         self._ended = ""
         self._unexpected = "its first process ended unexpectedly" + (
             " (do --memory and --cpus leave it enough?)" if spec.cgroups else ""
@@ -71,11 +72,17 @@ class LinuxSandbox:
             argv += ["-f", f"{listener.fileno()}{_SEPARATOR}{port}"]
         if spec.restored_log_fd is not None:
             argv += ["-r", str(spec.restored_log_fd)]
+        if spec.renewal:
+            argv += ["-n", spec.renewal]
         for fd in spec.keep_fds:
             argv += ["-K", str(fd)]
+        program = spec.program
+        if spec.page_server:
+            argv += ["-P", str(spec.page_server_fd)]
+            program = (*spec.page_server, "--", *spec.program)
         fds = (*opened, door.fileno(), *(s.fileno() for s, _ in spec.listeners), *spec.keep_fds)
         self._starter = subprocess.Popen(
-            [*argv, "--", *spec.program],
+            [*argv, "--", *program],
             env=dict(spec.environment),
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
@@ -109,6 +116,8 @@ class LinuxSandbox:
                 self.init_pid = int(detail)
             elif name == "started":
                 self.log_pipe = f"pipe:[{detail}]"
+            elif name == "renewed":
+                self.unrenewed = tuple(detail.split())
             elif name == "exit":
                 self._ended = f"what runs in it {how_it_ended(int(detail))}"
             elif name == "failed":

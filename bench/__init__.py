@@ -1,0 +1,1 @@
+"""What is measured, and what is made of it: `make bench-restore`, `make bench-store` (docs/benchmarks.md)."""
