@@ -59,6 +59,19 @@ RESTORED = (
 )
 
 
+# What CRIU 4.2.1 does not restore as it was, or refuses to dump, folded or not.
+NOT_RESTORED = {
+    "signals-trap_ignored": "an ignored SIGTRAP is no longer ignored",
+    "signals-trap_pending": "a pending SIGTRAP",
+    "signals-waiting_calls": "poll, epoll_wait and their like fail with EINTR, which signal(7) allows",
+    "signals-stopped": "a stopped child goes on",
+    "signals-stop_storm": "a process that is stopped and continued meanwhile",
+    "threads-dead_leader": "a process whose first thread has ended",
+    "threads-futexes": "a futex wait with a time-out fails with EINTR, which futex(2) allows",
+    "trees-lazy_memory": "a userfaultfd",
+}
+
+
 def behaviours():
     for source in sorted(PROGRAMS.glob("*.c")):
         for behaviour in re.findall(r'\{"(\w+)", \w+\}', source.read_text()):
@@ -308,7 +321,10 @@ def test_memory_that_a_family_shares_is_stored_once_and_stays_shared(subject):
     assert sum(memory_bytes(pid)["Anonymous"] for pid in tree(subject.box.root)) < whole / 8
 
 
-@pytest.mark.parametrize("behaviour", RESTORED)
+ALSO_RESTORED = [b for b in FOLDED if b not in RESTORED and b not in NOT_RESTORED]
+
+
+@pytest.mark.parametrize("behaviour", [*RESTORED, *(pytest.param(b, marks=pytest.mark.long) for b in ALSO_RESTORED)])
 def test_a_replica_of_a_folded_program_goes_on(subject, behaviour):
     start(subject, behaviour)
     subject.check()
