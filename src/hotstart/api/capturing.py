@@ -286,6 +286,10 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) 
         return []
     known = {m.name: m for name in hotstart_.snapshots.names() for m in hotstart_.snapshots.open(name).manifest.memory}
     missing = mapped - known.keys()
+    if missing and state.snapshot and hotstart_.snapshots.is_streamed(state.snapshot):
+        raise HotstartError(
+            f"memory of {state.name} is still on its way: wait until snapshot {state.snapshot} is all here"
+        )
     if missing:
         raise HotstartError(
             f"{state.name} has mapped memory of a snapshot that was removed: restore it again from one that exists"
