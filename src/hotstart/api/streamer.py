@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from queue import SimpleQueue
 from threading import Condition, Thread
@@ -55,13 +56,17 @@ class _Mounted:
         self._folder_fd = os.open(
             folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         )  # its name changes when it is complete
-        self._fuse = FuseMount([ServedFile(m.name, m.size_bytes) for m in manifest.memory], target, read)
+        # The one thread that has left the mount namespace: all others see the host's mounts come and go.
+        self._apart = ThreadPoolExecutor(1)
+        self._apart.submit(leave_mount_namespace).result()
+        files = [ServedFile(m.name, m.size_bytes) for m in manifest.memory]
+        self._fuse = self._apart.submit(FuseMount, files, target, read).result()
         self._threads = [Thread(target=self._fuse.serve, daemon=True) for _ in range(_SERVERS)]
         for thread in self._threads:
             thread.start()
-        self._fuse.widen_readahead(target)
-        root_fd = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        root_fd = self._apart.submit(os.open, target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC).result()
         self._root = f"/proc/self/fd/{root_fd}"
+        self._fuse.widen_readahead(self._root)
         # The kernel knows the files from now on: what is put into its cache finds them.
         self._pins = [os.open(f"{self._root}/{m.name}", os.O_PATH | os.O_CLOEXEC) for m in manifest.memory]
         self._pins.append(root_fd)
@@ -69,7 +74,7 @@ class _Mounted:
 
     def clones(self) -> list[int]:
         """Return a mount for each memory id, of which the caller closes the descriptors."""
-        return [clone_mount(f"{self._root}/{i}") for i in self._ids]
+        return [self._apart.submit(clone_mount, f"{self._root}/{i}").result() for i in self._ids]
 
     def push(self, file: int, offset: int, length: int) -> None:
         """Note that a part of a file, which has just come, is to be put into the kernel's cache."""
@@ -83,7 +88,8 @@ class _Mounted:
 
     def serve_until_unused(self) -> None:
         """Take the mount from ourselves, and answer until the last replica has gone."""
-        self._fuse.unmount(self._root)
+        self._apart.submit(self._fuse.unmount, self._root).result()
+        self._apart.shutdown()
         for fd in self._pins:
             os.close(fd)
         with suppress(OSError):
@@ -110,11 +116,8 @@ class Streamer:
 
     def run(self) -> None:
         """Stream the snapshot; returns when nobody needs us any more."""
+        Thread(target=self._accept, daemon=True).start()
         try:
-            try:
-                leave_mount_namespace()  # of this thread, and of those that it starts
-            finally:
-                Thread(target=self._accept, daemon=True).start()
             mounted = self._transfer()
         except HotstartError as e:
             self._fail(e)

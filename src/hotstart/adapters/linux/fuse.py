@@ -65,7 +65,7 @@ def why_not() -> str:
 
 
 def leave_mount_namespace() -> None:
-    """Go into a mount namespace of our own: what is mounted here ends with us and is seen by nobody. Raises MachineLacks."""
+    """Put this thread into a mount namespace of its own: what it mounts ends with us and is seen by nobody. Raises MachineLacks."""
     _call("unshare", _CLONE_NEWNS)
     # Mounts of the host still come and go here, ours do not go there.
     _call("mount", b"none", b"/", None, _MS_REC | _MS_SLAVE, None)
