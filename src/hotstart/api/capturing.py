@@ -286,6 +286,10 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, captured: Captured) 
     if not mapped:
         return []
     known = {m.name: m for name in hotstart_.snapshots.names() for m in hotstart_.snapshots.open(name).manifest.memory}
+    if mapped - known.keys() and state.snapshot and hotstart_.snapshots.is_streamed(state.snapshot):
+        raise HotstartError(
+            f"memory of {state.name} is still on its way: wait until snapshot {state.snapshot} is all here"
+        )
     return [
         structs.replace(known[name], index="") if name in known else _unnamed_memory(hotstart_, state, name)
         for name in sorted(mapped)
