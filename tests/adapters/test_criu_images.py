@@ -1,52 +1,62 @@
-"""Expired periodic timers are armed again in CRIU's images, and nothing else is touched."""
+"""CRIU's images of areas, with the advice for huge pages taken out and nothing else changed."""
 
-import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hotstart.adapters.criu.images import rearm_timers
+from hotstart.adapters.criu.images import link_for_small_pages, without_huge_pages
 
-HEAD = bytes.fromhex("1943565438313056")
-
-
-def field(number, value):
-    if isinstance(value, bytes):
-        return bytes([number << 3 | 2, len(value)]) + value
-    encoded = b""
-    while value >= 0x80:
-        encoded += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return bytes([number << 3]) + encoded + bytes([value])
+HEAD = b"\x56\x19\x43\x56\x10\x42\x41\x57"
+HUGE, DONTDUMP = 1 << 14, 1 << 16
 
 
-def entry(*fields):
-    message = b"".join(field(*f) for f in fields)
-    return len(message).to_bytes(4, "little") + message
+def varint(value):
+    out = b""
+    while value > 0x7F:
+        out, value = out + bytes([value & 0x7F | 0x80]), value >> 7
+    return out + bytes([value])
 
 
-def timer(value, interval):
-    owner = b"".join(field(n, 0) for n in range(1, 6))
-    fields = [(1, 7), (2, 0), (3, owner), (4, 1), (5, 1), (6, 0), *zip((7, 8, 9, 10), (*value, *interval), strict=True)]
-    return entry((1, 17), (2, 7), (12, b"".join(field(*f) for f in fields)))
+def number(field, value):
+    return varint(field << 3) + varint(value)
 
 
-OTHER = entry((1, 1), (2, 300), (3, field(1, 1) + field(6, b"/tmp/0")))
+def text(field, value):
+    return varint(field << 3 | 2) + varint(len(value)) + value
 
 
-def mend(tmp_path, *entries):
-    path = tmp_path / "files.img"
-    path.write_bytes(HEAD + b"".join(entries))
-    count = rearm_timers(str(path))
-    return count, path.read_bytes().removeprefix(HEAD)
+def image(*areas, before=b"", behind=b""):
+    message = before + b"".join(text(14, a) for a in areas) + behind
+    return HEAD + len(message).to_bytes(4, "little") + message
 
 
-def test_only_a_periodic_timer_that_has_expired_is_given_a_nanosecond(tmp_path):
-    lone, armed, idle = timer((0, 0), (0, 0)), timer((0, 500), (0, 5_000_000)), timer((3, 0), (60, 0))
-    count, found = mend(tmp_path, OTHER, timer((0, 0), (0, 5_000_000)), lone, armed, timer((0, 0), (60, 0)), idle)
-    assert count == 2
-    assert found == OTHER + timer((0, 1), (0, 5_000_000)) + lone + armed + timer((0, 1), (60, 0)) + idle
+def area(advice):
+    return number(1, 0x7F0000000000) + number(2, 0x7F0000200000) + number(9, advice) + varint(10 << 3 | 1) + bytes(8)
 
 
-@pytest.mark.parametrize(
-    "odd", [b"", b"\x05\x00\x00\x00\x62", b"\x02\x00\x00\x00\x0b\xff", b"\xff\xff\xff\x7f\x62\x01"]
-)
-def test_what_cannot_be_understood_is_left_alone(tmp_path, odd):
-    assert mend(tmp_path, OTHER, odd) == (0, OTHER + odd)
+def test_only_the_advice_goes():
+    before = image(area(HUGE), area(HUGE | DONTDUMP), area(0), before=number(1, 4096), behind=text(13, b"auxv"))
+    behind = image(area(0), area(DONTDUMP), area(0), before=number(1, 4096), behind=text(13, b"auxv"))
+    assert without_huge_pages(before) == behind
+    assert without_huge_pages(behind) == behind
+
+
+def test_an_area_without_advice_stays_as_it_is():
+    plain = image(number(1, 5) + varint(7 << 3 | 5) + b"\1\2\3\4")
+    assert without_huge_pages(plain) == plain
+
+
+@given(st.binary(max_size=60))
+def test_what_is_no_such_image_is_copied_or_survives(data):
+    without_huge_pages(HEAD + data)
+
+
+def test_the_other_images_are_links_that_hold_wherever_both_folders_are_seen(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mm-1000.img").write_bytes(image(area(HUGE)))
+    (tmp_path / "images" / "pages-1.img").write_bytes(b"pages")
+    link_for_small_pages(str(tmp_path / "images"), str(tmp_path / "copy"))
+    assert (tmp_path / "copy" / "mm-1000.img").read_bytes() == image(area(0))
+    link_for_small_pages(str(tmp_path / "images"), str(tmp_path / "copy"))  # by a stream that goes on with another's
+    tmp_path.rename(tmp_path.with_name("elsewhere"))
+    assert (tmp_path.with_name("elsewhere") / "copy" / "pages-1.img").read_bytes() == b"pages"
+    tmp_path.with_name("elsewhere").rename(tmp_path)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,13 +49,23 @@ def hotstart(tmp_path: Path) -> Iterator[Hotstart]:
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     """Fail the test if it leaves a process, mount or runtime folder behind."""
     yield
-    assert _processes_of(str(tmp_path)) == []
+    # Who streams a snapshot ends behind its last replica.
+    wait_until(lambda: not any("hotstart.api.streamer" in p for p in processes_of(str(tmp_path))))
+    assert processes_of(str(tmp_path)) == []
     assert [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(tmp_path) in line] == []
     run = tmp_path / "run"
     assert [p.name for p in run.iterdir() if not p.name.startswith(".")] == [] if run.exists() else True
 
 
-def _processes_of(folder: str) -> list[str]:
+def wait_until(true: Callable[[], bool], timeout_s: float = 20) -> None:
+    """Wait for something that is about to happen; fails if it does not."""
+    over_at = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < over_at, "it does not happen"
+        time.sleep(0.02)
+
+
+def processes_of(folder: str) -> list[str]:
     """Command lines that name a folder: every sandbox's first process does, and the others end with it."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):

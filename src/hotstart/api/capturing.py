@@ -310,6 +310,10 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, names: set[str]) -> 
 
     They are there for as long as a worker has them mapped, even if no snapshot names them any more.
     """
+    if names and state.snapshot and hotstart_.snapshots.is_streamed(state.snapshot):
+        raise HotstartError(
+            f"memory of {state.name} is still on its way: wait until snapshot {state.snapshot} is all here"
+        )
     for name in sorted(names):
         try:
             st = os.stat(hotstart_.snapshots.memory.path(name))

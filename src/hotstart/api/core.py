@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hotstart.api.capturing import Progressing, SnapshotOptions, SnapshotTaken
     from hotstart.api.recording import TouchRecorder
     from hotstart.api.storing import Stores
+    from hotstart.api.stream import Stream
 
 DEFAULT_HOME = "/var/lib/hotstart"
 DEFAULT_RUN = "/run/hotstart"
@@ -305,6 +306,7 @@ class Hotstart:
             no_userfaultfd=why_no_userfaultfd()
             if any(p.strategy == "userfaultfd" for p in manifest.processes)
             else None,
+            no_streaming="" if local else why_no_streaming(),
         )
 
     def restore(
@@ -339,24 +341,47 @@ class Hotstart:
         if name is not None:
             check_name(name if replicas == 1 else f"{name}-{replicas}", "replica")
         self.require_privileges()
-        local = self.local_snapshot(snapshot, progress, note)
-        plan = make_plan(local.manifest, self.node_facts(local.manifest), replicas)
-        if plan.refusals:
-            raise Refused(f"snapshot {snapshot} cannot be restored here: {'; '.join(plan.refusals)}")
-        measured = {**(spans or {}), "check": (began, time.monotonic())}
-        if plan.prefetch:
-            from hotstart.api.prefetching import prefetch
+        with ExitStack() as stack:
+            local, stream = self._local_or_streamed(snapshot, stack, note, progress)
+            plan = make_plan(local.manifest, self.node_facts(local.manifest), replicas)
+            if plan.refusals:
+                raise Refused(f"snapshot {snapshot} cannot be restored here: {'; '.join(plan.refusals)}")
+            measured = {**(spans or {}), "check": (began, time.monotonic())}
+            if stream:
+                stream.wait()
+                measured["stream"] = measured["check"][1], time.monotonic()
+            if plan.prefetch:
+                from hotstart.api.prefetching import prefetch
 
-            measured["prefetch"] = prefetch(local, plan)
-        with RestoringReplicas(self, local, plan, environment or {}, recorder, wait=wait) as restoring:
-            started = restoring.start(replicas, name, publish, asked, measured)
-        if plan.working_set_missing:
-            from hotstart.api.prefetching import note_cold_restore
+                measured["prefetch"] = prefetch(local, plan)
+            with RestoringReplicas(self, local, plan, environment or {}, recorder, stream, wait=wait) as restoring:
+                started = restoring.start(replicas, name, publish, asked, measured)
+            if plan.working_set_missing:
+                from hotstart.api.prefetching import note_cold_restore
 
-            note_cold_restore(local, started[0].receipt)
-        local.note_use()
+                note_cold_restore(local, started[0].receipt)
+            local.note_use()
         self.sweep()  # not before: it reads every manifest, and the clock was running
         return started
+
+    def _local_or_streamed(
+        self, name: str, stack: ExitStack, note: Callable[[str], None], progress: Progress
+    ) -> tuple[LocalSnapshot, Stream | None]:
+        """Return a snapshot that can be restored from here; with a stream if its memory is still on its way."""
+        check_name(name, "snapshot")
+        if name in self.snapshots.names() or why_no_streaming():
+            return self.local_snapshot(name, progress, note), None
+        from hotstart.api.stream import Stream, join
+
+        try:
+            found = join(self, name)
+        except MachineLacks as e:
+            note(f"{e}: all of the snapshot is laid out first")
+            return self.local_snapshot(name, progress, note), None
+        if isinstance(found, Stream):
+            stack.callback(found.close)
+            return found.snapshot, found
+        return self.local_snapshot(name, progress, note), None
 
     # ---- shared by both
 
@@ -446,3 +471,10 @@ class Hotstart:
             (st.f_blocks - st.f_bfree) * st.f_frsize for st in (os.statvfs(root + f) for f in PRIVATE_FOLDERS)
         )
         return {"rss": sums["rss"], "pss": sums["pss"], "own": sums["anonymous"] + max(sums["shared"], folders)}
+
+
+def why_no_streaming() -> str:
+    """Say why memory cannot be fetched here while it is in use; empty if it can."""
+    from hotstart.adapters.linux.fuse import why_not
+
+    return why_not()

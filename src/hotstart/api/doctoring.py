@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,6 +43,18 @@ memory = bytearray(b"x" * (8 << 20))
 http.server.ThreadingHTTPServer(("127.0.0.1", 8000), Handler).serve_forever()
 """
 
+_MOUNTS = """
+import os, sys, threading
+from hotstart.adapters.linux.fuse import FuseMount, ServedFile, leave_mount_namespace
+leave_mount_namespace()
+fuse = FuseMount([ServedFile("a/b", 4)], sys.argv[1], lambda file, offset, length, reply: reply(b"good"[:length]))
+threading.Thread(target=fuse.serve, daemon=True).start()
+with open(f"{sys.argv[1]}/a/b", "rb") as f:
+    good = f.read() == b"good"
+fuse.unmount(sys.argv[1])
+os._exit(not good)
+"""
+
 
 class Check(Struct, frozen=True):
     """One thing that was tried. A check that is not `required` may fail without the machine being unfit."""
@@ -69,6 +82,12 @@ def examine(hotstart: Hotstart, *, gpu: bool = False) -> list[Check]:
             required=False,
         ),
         _tried("egress", _egress, "install iproute2 and iptables, or do without --network egress", required=False),
+        _tried(
+            "streaming",
+            _streaming,
+            "give it /dev/fuse (`modprobe fuse`), or do without: snapshots in a store are then all fetched before they start",
+            required=False,
+        ),
         _memory(),
         _tried("disk", lambda: _disk(hotstart), "free some space, or set HOTSTART_HOME to a folder with more"),
         _device(required=gpu),
@@ -169,6 +188,14 @@ def _egress() -> str:
     if missing:
         raise HotstartError(f"{' and '.join(missing)} not on PATH")
     return "ip and iptables are there"
+
+
+def _streaming() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        tried = subprocess.run([sys.executable, "-c", _MOUNTS, folder], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        raise HotstartError(tried.stderr.strip().splitlines()[-1].rpartition(": ")[2] if tried.stderr.strip() else "no")
+    return "memory can be fetched while it is in use"
 
 
 def _memory() -> Check:

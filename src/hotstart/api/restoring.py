@@ -21,7 +21,7 @@ from hotstart.api.starting import identity_document, last_words, worker_binds
 from hotstart.errors import BadUsage, HotstartError, NotFound, Refused
 from hotstart.restore.execute import Asker, Replica, finish_replica, start_replicas
 from hotstart.restore.plan import Plan
-from hotstart.restore.receipt import Receipt, Span, measure_stages, stages_of_init
+from hotstart.restore.receipt import Receipt, Span, Streamed, measure_stages, stages_of_init
 from hotstart.snapshot.layout import MEMORY_FOLDER
 from hotstart.snapshot.sandbox import Bind, SandboxSpec
 from hotstart.snapshot.worker import RENEWAL_FOLDER, SUPPORT_FOLDER
@@ -30,6 +30,7 @@ from hotstart.store.local import LocalSnapshot
 if TYPE_CHECKING:
     from hotstart.api.core import Hotstart
     from hotstart.api.recording import TouchRecorder
+    from hotstart.api.stream import Stream
 
 
 KDAT = "criu.kdat"
@@ -54,11 +55,14 @@ class RestoringReplicas:
         plan: Plan,
         environment: Mapping[str, str],
         recorder: TouchRecorder | None,
+        stream: Stream | None = None,
         *,
         wait: bool,
     ) -> None:
         self._hotstart, self._local, self._plan, self._wait = hotstart, local, plan, wait
         self._recorder = recorder
+        self._stream = stream
+        self._streamed: Streamed | None = None
         self._environment = environment
         self._folders: list[RunFolder] = []
         self._replicas: list[Replica] = []
@@ -104,6 +108,7 @@ class RestoringReplicas:
         for replica in self._replicas:
             if replica.error:
                 raise replica.error
+        self._streamed = self._stream.used() if self._stream else None
         started = [self._settle(i) for i in range(count)]
         self._done = True
         return started
@@ -130,11 +135,16 @@ class RestoringReplicas:
         os.mkdir(folder.file("work"))
         with open(folder.file("identity"), "wb") as f:
             f.write(identity_document(folder.name, "replica", self._addresses[i], self._environment))
-        images_fd = os.open(self._local.path("images"), os.O_RDONLY | os.O_DIRECTORY)
+        images = self._local.path(self._stream.images if self._stream else "images")
+        images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
         work_fd = os.open(folder.file("work"), os.O_RDONLY | os.O_DIRECTORY)
         self._stack.callback(os.close, images_fd)
         self._stack.callback(os.close, work_fd)
         ids = [*dict.fromkeys(m.name.partition("/")[0] for m in manifest.memory), memory_id]
+        attachment = self._stream.attach() if self._stream else None
+        if attachment:
+            self._stack.callback(attachment.close)
+            ids = [memory_id]
         # Chosen once it is known that it is being started: what is in RAM stays there until its state says what it has.
         bound = {m: hotstart.snapshots.memory_folder(m) for m in ids}
         self._ram_ids.append(tuple(m for m, path in bound.items() if os.path.dirname(path) == hotstart.ram.path))
@@ -165,6 +175,8 @@ class RestoringReplicas:
             restored_log_fd=LOG_FD,
             keep_fds=(images_fd, work_fd),
             renewal=RENEWAL_FOLDER,
+            mounts=attachment.mounts if attachment else (),
+            source_fd=attachment.source_fd if attachment else None,
         )
         self._replicas.append(Replica(folder.name, spec))
 
@@ -253,7 +265,7 @@ class RestoringReplicas:
             replica=replica.name,
             snapshot=self._local.manifest.name,
             digest=self._local.digest(),
-            strategy=self._plan.strategy,
+            strategy="streamed" if self._streamed else self._plan.strategy,
             stages=measure_stages(spans, self._asked, ended),
             resumed_s=resumed - self._asked,
             first_answer_s=answered - self._asked if answered else None,
@@ -265,4 +277,5 @@ class RestoringReplicas:
             prefetched=self._plan.prefetch,
             unrenewed=replica.running.unrenewed,
             processes=self._plan.processes,
+            streamed=self._streamed,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import json
 
-from hotstart.cli.common import open_hotstart, parser, print_json, print_table, seconds
+from hotstart.cli.common import open_hotstart, parser, print_json, print_table, seconds, size
 from hotstart.errors import NotFound
 
 _BAR = 40
@@ -30,6 +30,11 @@ def main(arguments: list[str], _entered: float) -> int:
         rows.append((name, seconds(took), f"{took / total:.1%}", bar))
         at += took
     print_table(("STAGE", "TOOK", "PART", ""), rows)
+    if streamed := receipt.get("streamed"):
+        print(
+            f"streamed: {size(streamed['arrived_bytes'])} of {size(streamed['total_bytes'])} had arrived by then, "
+            f"{size(streamed['set_arrived_bytes'])} of the working set's {size(streamed['set_bytes'])}"
+        )
     for process in receipt.get("processes", ()):
         print(f"process {process['pid']} ({process['name']}): {process['strategy']}: {process['reason']}")
     print(

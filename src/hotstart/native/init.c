@@ -26,6 +26,9 @@
  *                    SIGURG, and says in DIR/.answers, "PID [WHAT IT COULD NOT]", that it has renewed itself
  *   -P FD            PROGRAM ARG... is two commands, separated by "--": a page server (CRIU's), which listens in the folder FD,
  *                    and the restore that sends it a userfaultfd for each process
+ *   -m FD|DST        attach at DST (under /run) the mount FD that is nowhere yet (repeatable)
+ *   -w FD            socket of whoever those mounts are answered by: end of file means that memory cannot be had any more: end
+ *                    everything; what it says before goes to the log
  *
  * What stands as | is the byte 0x1f: paths may hold anything that people type.
  *
@@ -76,13 +79,15 @@ struct pair { char *source, *target; int writable; };
 struct publish { int fd, port; };
 
 static struct {
-	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid, pages;
+	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid, pages, source;
 	char *hostname, *workdir, *renewal;
 	struct pair binds[MAX_LIST], copies[MAX_LIST];
 	struct publish publishes[MAX_LIST];
+	struct attached { int fd; char *target; } attached[MAX_LIST];
 	int cgroups[MAX_LIST], keeps[MAX_LIST];
-	int n_binds, n_copies, n_publishes, n_cgroups, n_keeps;
-} opt = {.status = -1, .lifeline = -1, .log = -1, .result = -1, .door = -1, .pack = -1, .pages = -1};
+	int n_binds, n_copies, n_publishes, n_attached, n_cgroups, n_keeps;
+} opt = {.status = -1, .lifeline = -1, .log = -1, .result = -1, .door = -1, .pack = -1, .pages = -1,
+	.source = -1};
 
 static struct rlimit files_of_program;
 
@@ -128,7 +133,7 @@ static struct pair split_pair(char *text, int writable)
 static char **parse(int argc, char **argv)
 {
 	int o;
-	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:n:P:")) != -1) {
+	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:m:n:w:P:")) != -1) {
 		switch (o) {
 		case 's': opt.status = atoi(optarg); break;
 		case 'l': opt.lifeline = atoi(optarg); break;
@@ -147,6 +152,13 @@ static char **parse(int argc, char **argv)
 		case 'b': ADD(opt.binds, opt.n_binds, split_pair(optarg, 0)); break;
 		case 'B': ADD(opt.binds, opt.n_binds, split_pair(optarg, 1)); break;
 		case 'k': ADD(opt.copies, opt.n_copies, split_pair(optarg, 0)); break;
+		case 'w': opt.source = atoi(optarg); break;
+		case 'm': {
+			struct pair p = split_pair(optarg, 0);
+			struct attached a = {atoi(p.source), p.target};
+			ADD(opt.attached, opt.n_attached, a);
+			break;
+		}
 		case 'f': {
 			struct pair p = split_pair(optarg, 0);
 			struct publish f = {atoi(p.source), atoi(p.target)};
@@ -236,6 +248,12 @@ static void make_mounts(void)
 		if (syscall(SYS_move_mount, tree[i], "", AT_FDCWD, opt.binds[i].target, MOVE_MOUNT_F_EMPTY_PATH))
 			die(opt.binds[i].target);
 		close(tree[i]);
+	}
+	for (int i = 0; i < opt.n_attached; i++) {
+		make_folders(opt.attached[i].target);
+		if (syscall(SYS_move_mount, opt.attached[i].fd, "", AT_FDCWD, opt.attached[i].target, MOVE_MOUNT_F_EMPTY_PATH))
+			die(opt.attached[i].target);
+		close(opt.attached[i].fd);
 	}
 	for (int i = 0; i < opt.n_copies; i++) copy_small(&opt.copies[i], file[i]);
 	if (opt.renewal && !opt.is_restore) {
@@ -395,7 +413,7 @@ static void let_pages_go(void)
 /* ---- relays: connections from the host to ports inside ----------------------------------------------------- */
 
 enum { RELAY_BYTES = 65536, CONNECTED = 0x06 };
-enum kind { SIGNALS, LIFELINE, LOG, DOOR, PUBLISH, PAGES_DOOR, PAGES, END };
+enum kind { SIGNALS, LIFELINE, LOG, SOURCE, DOOR, PUBLISH, PAGES_DOOR, PAGES, END };
 
 struct watch { enum kind kind; int fd, port; struct end *end; };
 struct end {             /* one side of a relay; what is read from it waits in buffer for the other side */
@@ -600,7 +618,7 @@ static void relay(struct end *e, uint32_t events)
 
 /* ---- renewal: what must not be the same in two replicas ------------------------------------------------------ */
 
-enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, AGAIN_US = 500, LATER_MS = 10 };
+enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, STREAMED_PATIENCE_MS = 60000, AGAIN_US = 500, LATER_MS = 10 };
 
 struct renewal { pid_t *pids; size_t count; char unrenewed[300]; };
 
@@ -666,6 +684,8 @@ static void wait_for_answers(struct renewal *r, int answers, double began)
 	char text[4096];
 	size_t filled = 0;
 	struct pollfd p = {.fd = answers, .events = POLLIN};
+	/* Whoever waits for a page that is still on its way sleeps like one that waits for a disk. */
+	int most_ms = opt.source >= 0 ? STREAMED_PATIENCE_MS : MOST_PATIENCE_MS;
 	while (r->count) {
 		int passed_ms = (int)((monotonic() - began) * 1000), patient = passed_ms < PATIENCE_MS;
 		struct timespec pause = {.tv_nsec = patient ? AGAIN_US * 1000 : LATER_MS * 1000000};
@@ -673,7 +693,7 @@ static void wait_for_answers(struct renewal *r, int answers, double began)
 			for (size_t i = 0; i < r->count; i++) {
 				/* The signal may have come before the restored thread took up its call again: then nothing has ended that. */
 				if (sleeps(r->pids[i], r->pids[i])) kill(r->pids[i], SIGURG);
-				if (!patient) patient = passed_ms < MOST_PATIENCE_MS && !all_sleep(r->pids[i]);
+				if (!patient) patient = passed_ms < most_ms && !all_sleep(r->pids[i]);
 			}
 			if (!patient) break;
 			continue;
@@ -762,6 +782,22 @@ static void end_without_pages(int log_read)
 	finish(SIGKILL, log_read);
 }
 
+/* The pages that are not here yet will never come: whoever touches one would get SIGBUS, or an error from a system call that he may
+ * take for another one. So all end at once. */
+static void lose_source(pid_t root, int log_read)
+{
+	char why[512];
+	ssize_t n = read(opt.source, why, sizeof why);
+	if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+	if (n > 0) {
+		if (opt.log >= 0 && write(opt.log, why, (size_t)n) < 0) { /* disk full */ }
+		return;
+	}
+	kill(-1, SIGKILL);
+	if (waitpid(root, 0, 0) < 0) { /* CRIU had not made it yet */ }
+	finish(SIGBUS, log_read);
+}
+
 static int reap(pid_t program, pid_t root, int log_read) /* 1 once a restore has succeeded */
 {
 	int st, restored = 0, lost = 0;
@@ -795,6 +831,7 @@ static void serve(pid_t program, int signals, int log_read)
 	struct watch sig = {.kind = SIGNALS, .fd = signals}, life = {.kind = LIFELINE, .fd = opt.lifeline};
 	struct watch log = {.kind = LOG, .fd = log_read}, door = {.kind = DOOR, .fd = opt.door};
 	struct watch pages_door = {.kind = PAGES_DOOR, .fd = page_listener}, pages = {.kind = PAGES};
+	struct watch source = {.kind = SOURCE, .fd = opt.source};
 	struct watch doors[MAX_LIST];
 	if (page_listener >= 0) watch(&pages_door, EPOLLIN, EPOLL_CTL_ADD);
 	watch(&sig, EPOLLIN, EPOLL_CTL_ADD);
@@ -802,6 +839,7 @@ static void serve(pid_t program, int signals, int log_read)
 		doors[i] = (struct watch){.kind = PUBLISH, .fd = opt.publishes[i].fd, .port = opt.publishes[i].port};
 	watch(&log, EPOLLIN, EPOLL_CTL_ADD);
 	if (opt.lifeline >= 0) watch(&life, EPOLLIN, EPOLL_CTL_ADD);
+	if (opt.source >= 0) watch(&source, EPOLLIN, EPOLL_CTL_ADD);
 	if (!opt.is_restore) open_doors(&door, doors);
 	for (;;) {
 		struct epoll_event ready[64];
@@ -832,6 +870,7 @@ static void serve(pid_t program, int signals, int log_read)
 				break;
 			}
 			case LOG: pump_log(log_read); break;
+			case SOURCE: lose_source(root, log_read); break;
 			case PAGES_DOOR:
 				pages.fd = accept4(w->fd, 0, 0, SOCK_CLOEXEC);
 				if (pages.fd < 0) break;
@@ -907,6 +946,7 @@ static void init(char **program, double began)
 	nonblocking(log_pipe[0]);
 	nonblocking(opt.lifeline);
 	nonblocking(opt.door);
+	nonblocking(opt.source);
 	for (int i = 0; i < opt.n_publishes; i++) nonblocking(opt.publishes[i].fd);
 	serve(pid, signals, log_pipe[0]);
 }

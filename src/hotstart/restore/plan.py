@@ -44,6 +44,7 @@ class NodeFacts(Struct, frozen=True):
     """What a plan needs to know of this machine. Bandwidth in bytes per second; None: not measured yet.
 
     `no_userfaultfd` says why pages cannot be brought as they are asked for, if so.
+    `no_streaming` says why memory cannot be fetched while it is in use; empty if it can.
     """
 
     host: HostFingerprint
@@ -55,6 +56,7 @@ class NodeFacts(Struct, frozen=True):
     cores: int = 1
     working_set: WorkingSetFacts = WorkingSetFacts()
     no_userfaultfd: str | None = None
+    no_streaming: str = ""
 
 
 class ProcessPlan(Struct, frozen=True):
@@ -112,7 +114,7 @@ def make_plan(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> Plan:
         snapshot=manifest.name,
         replicas=replicas,
         refusals=tuple(refusals(manifest, node, replicas)),
-        notes=tuple(_notes(node, missing)),
+        notes=tuple(_notes(manifest, node, missing)),
         processes=processes,
         missing_bytes=missing,
         working_set_bytes=node.working_set.size_bytes,
@@ -132,6 +134,8 @@ def choose_prefetch(node: NodeFacts) -> tuple[bool, str]:
     leaves it to page faults; whichever took less for the same bytes is kept to.
     """
     missing = node.working_set.missing_bytes
+    if not node.local:
+        return False, "what comes from the store is in the page cache"
     if missing is None:
         return False, "the working set is not known: `hotstart snapshot record` finds it out"
     if missing < _WORTH_READING:
@@ -162,10 +166,12 @@ def _slowness(node: NodeFacts, *, prefetched: bool) -> float | None:
 def _predict(manifest: Manifest, node: NodeFacts, missing: int, replicas: int) -> tuple[float | None, float | None]:
     """Seconds until resumed and until the first answer.
 
-    What the first restore took, or its processor time on the cores that there are if that is longer; and the time to read what the
+    None where memory comes from a store: how fast that is nobody knows before. Else what the first restore took, or its processor time on the cores that there are if that is longer; and the time to read what the
     page cache lacks, most of which passes while the replica waits for it.
     """
     recorded = manifest.recorded
+    if not node.local:
+        return None, None
     lacking = missing if node.working_set.missing_bytes is None else node.working_set.missing_bytes
     if recorded is None or (lacking and not node.read_bandwidth):
         return None, None
@@ -211,11 +217,19 @@ def _strategy(process: Process, manifest: Manifest, node: NodeFacts) -> tuple[st
     return process.strategy, f"{why}: its pages are brought as it asks for them"
 
 
-def _notes(node: NodeFacts, missing: int) -> list[str]:
+def _notes(manifest: Manifest, node: NodeFacts, missing: int) -> list[str]:
     notes = []
-    if not node.local:
-        notes.append("the snapshot is only in the store: its files are laid out and verified here first")
-    if missing and node.read_bandwidth is None:
+    if not node.local and node.no_streaming:
+        notes.append(
+            "the snapshot is only in the store: all of it is laid out and verified here first, "
+            f"since memory cannot be streamed: {node.no_streaming}"
+        )
+    elif not node.local:
+        first = sum(f.size_bytes for f in manifest.files) >> 20
+        notes.append(
+            f"the snapshot is only in the store: {first} MiB of files come first, then replicas start while memory streams in"
+        )
+    if node.local and missing and node.read_bandwidth is None:
         notes.append("the read bandwidth is not known yet, so nothing is predicted: `hotstart doctor` measures it")
     return notes
 

@@ -14,6 +14,7 @@ Span = tuple[float, float]
 STAGES = (
     "cli_start",
     "check",
+    "stream",
     "prefetch",
     "spawn",
     "namespaces",
@@ -34,6 +35,15 @@ _INIT_EVENTS = {
     "restored": "criu",
     "renewed": "renew",
 }
+
+
+class Streamed(Struct, frozen=True):
+    """How much of a snapshot had arrived when the replicas of a restore had answered: of its memory, of the working set in it."""
+
+    arrived_bytes: int
+    total_bytes: int
+    set_arrived_bytes: int
+    set_bytes: int
 
 
 class Receipt(Struct, frozen=True):
@@ -59,6 +69,7 @@ class Receipt(Struct, frozen=True):
     prefetched: bool = False
     unrenewed: tuple[str, ...] = ()
     processes: tuple[ProcessPlan, ...] = ()
+    streamed: Streamed | None = None
 
 
 def stages_of_init(events: Mapping[str, Span]) -> dict[str, Span]:

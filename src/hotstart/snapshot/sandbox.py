@@ -25,6 +25,8 @@ class SandboxSpec(Struct, frozen=True):
     With `restored_log_fd` the program is CRIU: it gets the log pipe as that descriptor, and the root is what it restores. The
     processes that are named in the folder `renewal`, inside, are then told to renew themselves.
     `page_server` is a command that fills the tree's memory as it is asked for; CRIU finds it in the folder `page_server_fd`.
+    `mounts` are descriptors of mounts that are nowhere yet, and where they are seen. `source_fd`: as soon as its other end is closed,
+    memory cannot be had any more and the sandbox ends; what is written there before goes to the log.
     """
 
     program: tuple[str, ...]
@@ -45,6 +47,8 @@ class SandboxSpec(Struct, frozen=True):
     renewal: str | None = None
     page_server: tuple[str, ...] = ()
     page_server_fd: int = -1
+    mounts: tuple[tuple[int, str], ...] = ()
+    source_fd: int | None = None
 
 
 class ProgramFailed(HotstartError):

@@ -34,7 +34,7 @@ from hotstart.store.memoryfolders import SPILLED, MemoryFolders, identity
 
 MANIFEST = "manifest.json"
 SEALS = "seals.json"
-MAKING, STORING = ".lock", ".storing"
+MAKING, STORING, STREAM = ".lock", ".storing", ".stream"
 USES = ".uses"
 PULLED = ".pulled"
 RECORDED_ANEW = f".{WORKING_SET}"
@@ -304,9 +304,24 @@ class LocalSnapshots:
             if not any(_is_locked(os.path.join(self.root, f".{name}{suffix}")) for suffix in (MAKING, STORING))
         ]
 
-    def begin_pull(self, name: str, digest: str) -> PartialPull:
-        """Begin to lay a stored snapshot out, or go on with it; waits while another command does so."""
-        return PartialPull(self, name, digest)
+    def begin_pull(self, name: str, digest: str, lock_fd: int | None = None) -> PartialPull:
+        """Begin to lay a stored snapshot out, or go on with it; waits while another command does so, unless the lock is ours."""
+        return PartialPull(self, name, digest, lock_fd)
+
+    def try_lock(self, name: str) -> int | None:
+        """Take the lock of who makes a snapshot, for a process that inherits it and passes it on; None: another has it."""
+        try:
+            return _Lock(self.root, name, wait=False).fd
+        except BadUsage:
+            return None
+
+    def is_streamed(self, name: str) -> bool:
+        """Say whether a snapshot's memory is still on its way, to replicas that are running."""
+        return os.path.exists(self.stream_path(name)) and _is_locked(os.path.join(self.root, f".{name}{MAKING}"))
+
+    def stream_path(self, name: str) -> str:
+        """Return the unix socket of whoever streams a snapshot, under that lock."""
+        return os.path.join(self.root, f".{name}{STREAM}")
 
     def remove(self, name: str) -> None:
         """Remove a snapshot's folder; its memory files go with the next sweep, if no other snapshot has them."""
@@ -395,8 +410,11 @@ class LocalSnapshots:
 class _Lock:
     """A lock on a snapshot's name in the cache (flock): of who makes it, or of who puts it into our own store."""
 
-    def __init__(self, root: str, name: str, *, wait: bool, suffix: str = MAKING) -> None:
+    def __init__(self, root: str, name: str, *, wait: bool, suffix: str = MAKING, held_fd: int | None = None) -> None:
         self._path = os.path.join(root, f".{name}{suffix}")
+        if held_fd is not None:
+            self.fd = held_fd
+            return
         os.makedirs(root, exist_ok=True)
         deadline = time.monotonic() + _SWEEP_HOLDS_S
         while True:
@@ -453,10 +471,10 @@ class PartialPull:
     `done` is the snapshot if another command laid it out while we waited for the lock.
     """
 
-    def __init__(self, snapshots: LocalSnapshots, name: str, digest: str) -> None:
+    def __init__(self, snapshots: LocalSnapshots, name: str, digest: str, lock_fd: int | None = None) -> None:
         self._snapshots, self._root, self._memory = snapshots, snapshots.root, snapshots.memory
         self.folder = os.path.join(self._root, f".{name}.pull-{digest[:16]}")
-        self._lock = _Lock(self._root, name, wait=True)
+        self._lock = _Lock(self._root, name, wait=True, held_fd=lock_fd)
         self.done: LocalSnapshot | None = None
         try:
             self.done = snapshots.open(name)
@@ -588,9 +606,11 @@ def _remove_if_unlocked(lock_path: str) -> bool:
     """Remove a lock and what was made under it, while we hold it: whoever waits for it sees that it is gone."""
     with _held(lock_path) as held:
         if held:
-            _remove_tree(lock_path.removesuffix(".lock") + ".partial")
-            with suppress(FileNotFoundError):
-                os.unlink(lock_path)
+            of_name = lock_path.removesuffix(MAKING)
+            _remove_tree(f"{of_name}.partial")
+            for path in (f"{of_name}{STREAM}", lock_path):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
         return held
 
 

@@ -21,11 +21,13 @@ from msgspec import Struct
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 from hotstart.snapshot.manifest import MOST_CHUNK_BYTES, Manifest
+from hotstart.snapshot.workingset import Span, parse_working_set
 from hotstart.store.buffers import Buffers
 from hotstart.store.content import PAGE_BYTES, digest_of
 from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.leases import COLLECT, PUSH, Lease
 from hotstart.store.local import LocalSnapshot
+from hotstart.store.ordering import set_first
 from hotstart.store.packs import PACK_BYTES, Codec, Encoded, Pack, Place, packs_of, read_pack_table
 from hotstart.store.port import Bytes, Missing
 from hotstart.store.repository import Published, Repository
@@ -80,18 +82,20 @@ class LocalSource:
             raise NotFound(f"snapshot {self.manifest.name} was removed while it was being stored")
 
     def pieces(self) -> Iterator[Piece]:
-        """Give every chunk: files, then memory."""
+        """Give every chunk: files, then memory in the order in which a restore touches it."""
         for file in self.manifest.files:
             fd, at = self._open(self._local.path(file.path)), 0
             for chunk in file.chunks:
                 self.require()
                 yield _piece_of(fd, chunk.digest, at, chunk.length)
                 at += chunk.length
-        for memory in self.manifest.memory:
-            fd = self._open(self._local.memory_path(memory.name))
-            for extent in self._local.extents(memory):
-                self.require()
-                yield _piece_of(fd, extent.digest, extent.offset, extent.length)
+        memory = self.manifest.memory
+        fds = [self._open(self._local.memory_path(m.name)) for m in memory]
+        extents = [self._local.extents(m) for m in memory]
+        touched = self._local.working_set()
+        for number, extent in set_first(extents, touched.memory if touched else ()):
+            self.require()
+            yield _piece_of(fds[number], extent.digest, extent.offset, extent.length)
 
     def _open(self, path: str) -> int:
         try:
@@ -119,13 +123,18 @@ class StoredSource:
         """Nothing is removed under our lease."""
 
     def pieces(self) -> Iterator[Piece]:
-        """Give every chunk: files, then memory."""
+        """Give every chunk: files, then memory in the order in which a restore touches it."""
+        touched: tuple[Span, ...] = ()
         for file in self.manifest.files:
             for chunk in file.chunks:
                 yield self._piece(chunk.digest, chunk.length)
-        for extents in self._repository.extents_of(self.manifest, self._places).values():
-            for extent in extents:
-                yield self._piece(extent.digest, extent.length)
+            if file.path == self.manifest.working_set:
+                with suppress(Damaged):  # it is advice
+                    document = b"".join(self._repository.read_chunk(c.digest, self._places) for c in file.chunks)
+                    touched = parse_working_set(document).memory
+        extents = self._repository.extents_of(self.manifest, self._places)
+        for _, extent in set_first([extents[m.name] for m in self.manifest.memory], touched):
+            yield self._piece(extent.digest, extent.length)
 
     def _piece(self, digest: str, length: int) -> Piece:
         return Piece(digest, length, partial(self._repository.read_chunk, digest, self._places))

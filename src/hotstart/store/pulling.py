@@ -47,8 +47,11 @@ class Run(Struct, frozen=True):
     chunks: tuple[tuple[str, Place], ...]
 
 
-def plan_runs(wanted: Iterable[str], places: Mapping[str, Place]) -> Iterator[Run]:
-    """Join chunks that lie close together into ranges of at most RANGE_BYTES. Raises Damaged for a chunk without a place."""
+def plan_runs(wanted: Iterable[str], places: Mapping[str, Place], range_bytes: int = 0) -> Iterator[Run]:
+    """Join chunks that lie close together into ranges of at most `range_bytes`, 0 being RANGE_BYTES. Raises Damaged for a chunk without
+    a place.
+    """
+    range_bytes = range_bytes or RANGE_BYTES
     located = []
     for digest in wanted:
         place = places.get(digest)
@@ -59,7 +62,7 @@ def plan_runs(wanted: Iterable[str], places: Mapping[str, Place]) -> Iterator[Ru
     pack, start, end = "", 0, 0
     for name, position, digest, place in sorted(located, key=lambda entry: entry[:3]):
         stop = position + place.stored_bytes
-        if run and (name != pack or position - end > GAP_BYTES or stop - start > RANGE_BYTES):
+        if run and (name != pack or position - end > GAP_BYTES or stop - start > range_bytes):
             yield Run(pack, start, end - start, tuple(run))
             run = []
         if not run:
@@ -86,7 +89,7 @@ def pull(
 
 
 def _pull(found: Published, repository: Repository, partial: PartialPull, progress: Progress) -> LocalSnapshot:
-    with _leased(repository, found.digest) as lease:
+    with leased(repository, found.digest) as lease:
         try:
             return _lay_out(found, repository, partial, lease, progress)
         except Damaged:
@@ -96,7 +99,7 @@ def _pull(found: Published, repository: Repository, partial: PartialPull, progre
 
 
 @contextmanager
-def _leased(repository: Repository, digest: str) -> Iterator[Lease | None]:
+def leased(repository: Repository, digest: str) -> Iterator[Lease | None]:
     """Hold a lease, so that nothing is removed while we read; a store that we may not write to has nobody collect it either."""
     with ExitStack() as stack:
         lease = None
@@ -112,33 +115,61 @@ def _lay_out(
     lease: Lease | None,
     progress: Progress,
 ) -> LocalSnapshot:
-    manifest = found.manifest
     places = repository.places_of(found.digest)
-    transfer = _Transfer(repository, places, lease, progress)
     with ExitStack() as stack:
+        fds = lay_out_files(found.manifest, repository, places, partial, lease, stack, progress)
+        memory = open_memory(found.manifest, partial, stack)
+        transfer = _Transfer(repository, places, lease, progress)
         stack.callback(transfer.close)
         wanted: Wanted = {}
-        fds = []
+        for fd, extents in memory:
+            for extent in extents:
+                transfer.want(wanted, extent.digest, extent.length, Target(fd, extent.offset))
+        transfer.run(wanted)
+        settle_files([*fds, *(fd for fd, _ in memory)])
+    return partial.publish(found.document, found.manifest)
+
+
+def lay_out_files(
+    manifest: Manifest,
+    repository: Repository,
+    places: Mapping[str, Place],
+    partial: PartialPull,
+    lease: Lease | None,
+    stack: ExitStack,
+    progress: Progress = no_progress,
+) -> list[int]:
+    """Lay out all but the memory files, verified; returns them open, as long as the stack lasts. Raises Damaged."""
+    transfer = _Transfer(repository, places, lease, progress)
+    wanted: Wanted = {}
+    fds = []
+    try:
         for file in manifest.files:
-            path = partial.file_path(file.path)
-            fd = stack.enter_context(_open_sized(path, file.size_bytes))
+            fd = stack.enter_context(_open_sized(partial.file_path(file.path), file.size_bytes))
             at = 0
             for chunk in file.chunks:
                 transfer.want(wanted, chunk.digest, chunk.length, Target(fd, at))
                 at += chunk.length
             fds.append(fd)
         transfer.run(wanted)
-        wanted = {}
-        for memory, extents in _extents(manifest, partial):
-            fd = stack.enter_context(_open_sized(partial.memory_path(memory.name), memory.size_bytes))
-            fds.append(fd)
-            for extent in extents:
-                transfer.want(wanted, extent.digest, extent.length, Target(fd, extent.offset))
-        transfer.run(wanted)
-        for fd in fds:  # before it is sealed: from then on nobody reads it again
-            os.fsync(fd)
-            os.fchmod(fd, 0o444)
-    return partial.publish(found.document, manifest)
+    finally:
+        transfer.close()
+    return fds
+
+
+def open_memory(manifest: Manifest, partial: PartialPull, stack: ExitStack) -> list[tuple[int, list[Extent]]]:
+    """Open memory files, which may be empty yet, as long as the stack lasts; with what belongs in them. Raises Damaged."""
+    return [
+        (stack.enter_context(_open_sized(partial.memory_path(memory.name), memory.size_bytes)), extents)
+        for memory, extents in _extents(manifest, partial)
+    ]
+
+
+def settle_files(fds: Iterable[int]) -> None:
+    """Make files durable and read-only, before they are sealed: from then on nobody reads them again."""
+    for fd in fds:
+        os.fsync(fd)
+        os.fchmod(fd, 0o444)
 
 
 def _extents(manifest: Manifest, partial: PartialPull) -> Iterator[tuple[MemoryFile, list[Extent]]]:
@@ -177,7 +208,7 @@ class _Transfer:
         place = self._places.get(digest)
         if place is None or place.length != length:
             raise Damaged(f"chunk {digest[:12]} has no place in the store, or another length there")
-        there = os.pread(target.fd, length, target.offset) if _has_data(target.fd, target.offset) else b""
+        there = os.pread(target.fd, length, target.offset) if has_data(target.fd, target.offset) else b""
         if len(there) == length and digest_of(there) == digest:
             self._progress(length)
             return
@@ -222,7 +253,8 @@ class _Transfer:
         self._threads.shutdown(cancel_futures=True)
 
 
-def _has_data(fd: int, offset: int) -> bool:
+def has_data(fd: int, offset: int) -> bool:
+    """Say whether something was written at an offset of a file."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA) == offset
     except OSError:  # ENXIO: nothing but a hole follows

@@ -8,8 +8,8 @@ import select
 import subprocess
 from collections.abc import Callable
 
-from hotstart.adapters.criu.images import rearm_timers
 from hotstart.adapters.criu.program import Criu, why_it_failed
+from hotstart.adapters.criu.timers import rearm_timers
 from hotstart.errors import HotstartError
 
 # CRIU closes every descriptor before it runs the hook, so the two sides meet at files in the sandbox's /run: the hook waits for

@@ -1,75 +1,96 @@
-"""Mends what CRIU 4.2.1 writes into its images and does not restore as it was.
+"""CRIU's images, as far as a restore has to change them: which memory asks for huge pages.
 
-A periodic timerfd that has expired and was not read yet shows no time left until it next expires (proc(5), fdinfo): the kernel
-winds it up again when it is read. CRIU takes that for a timer that is not armed, and the replica's never ticks again. So it is
-given a nanosecond.
+An image of a process's areas (mm-PID.img) is a magic number of 8 bytes, a length of 4 and one protobuf message (criu/images/mm.proto,
+vma.proto): field 14 of it is an area, field 9 of that a mask of what madvise(2) it was given.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
-_HEAD_BYTES = 8  # two magic numbers
-_FILE_TIMERFD = 12  # images/fdinfo.proto
-_VSEC, _VNSEC, _ISEC, _INSEC = 7, 8, 9, 10  # images/timerfd.proto
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_HEAD_BYTES = 12
+_AREAS, _ADVICE = 14, 9
+_VARINT, _BYTES = 0, 2
+_FIXED = {1: 8, 5: 4}
+_HUGEPAGE = 1 << 14
 
 
-def rearm_timers(path: str) -> int:
-    """Arm the periodic timers in a files.img that have expired; return how many. What cannot be understood is left alone."""
-    with open(path, "r+b") as f:
-        data = bytearray(f.read())
-        spots = list(_expired(data))
-        for spot in spots:
-            data[spot] = 1
-        if spots:
-            f.seek(0)
-            f.write(data)
-    return len(spots)
+def link_for_small_pages(source: str, target: str) -> None:
+    """Make a folder of images beside another: the tree that they lead to is the same, but its memory asks for no huge pages.
+
+    All but images of areas are links, which lead from one folder to the other wherever both are seen.
+    """
+    os.makedirs(target, exist_ok=True)
+    for name in os.listdir(source):
+        path = os.path.join(target, name)
+        if name.startswith("mm-"):
+            with open(os.path.join(source, name), "rb") as f, open(path, "wb") as out:
+                out.write(without_huge_pages(f.read()))
+        elif not os.path.lexists(path):
+            os.symlink(os.path.join(os.path.relpath(source, target), name), path)
 
 
-def _expired(data: bytearray) -> Iterator[int]:
-    """Where the nanoseconds of an expired periodic timer stand: a zero, one byte long, as protobuf writes it."""
-    at = _HEAD_BYTES
-    while at + 4 <= len(data):
-        begin = at + 4
-        at = begin + int.from_bytes(data[at:begin], "little")
-        for number, start, end in _fields(data, begin, at):
-            if number != _FILE_TIMERFD:
-                continue
-            timer = {n: (s, e) for n, s, e in _fields(data, start, end)}
-            if not all(n in timer for n in (_VSEC, _VNSEC, _ISEC, _INSEC)):
-                continue
-            zero = {n: not any(data[slice(*timer[n])]) for n in (_VSEC, _VNSEC, _ISEC, _INSEC)}
-            if zero[_VSEC] and zero[_VNSEC] and not (zero[_ISEC] and zero[_INSEC]):
-                yield timer[_VNSEC][0]
+def without_huge_pages(image: bytes) -> bytes:
+    """Return an image of areas of which none asks for huge pages; an image that is none as it is."""
+    try:
+        message = b"".join(
+            _record(field, _BYTES, _without_advice(value)) if field == _AREAS else raw
+            for field, value, raw in _fields(image[_HEAD_BYTES:])
+        )
+    except (IndexError, KeyError):
+        return image  # CRIU says what is wrong with it
+    return image[: _HEAD_BYTES - 4] + len(message).to_bytes(4, "little") + message
 
 
-def _fields(data: bytearray, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(number, begin, end) of the values in a protobuf message."""
-    end = min(end, len(data))
-    while at < end:
-        tag, at = _varint(data, at)
-        kind, begin = tag & 7, at
+def _without_advice(area: bytes | int) -> bytes:
+    assert isinstance(area, bytes)  # an area is a message
+    return b"".join(
+        _record(field, _VARINT, value & ~_HUGEPAGE) if field == _ADVICE and isinstance(value, int) else raw
+        for field, value, raw in _fields(area)
+    )
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes | int, bytes]]:
+    """Give number, value and bytes of each field."""
+    at = 0
+    while at < len(message):
+        start = at
+        key, at = _varint(message, at)
+        kind = key & 7
+        value: bytes | int = b""
         if kind == _VARINT:
-            _, at = _varint(data, at)
-        elif kind == _BYTES:
-            length, begin = _varint(data, at)
-            at = begin + length
-        elif kind in (_FIXED64, _FIXED32):
-            at += 8 if kind == _FIXED64 else 4
+            value, at = _varint(message, at)
         else:
-            return
-        yield tag >> 3, begin, at
+            length = _FIXED.get(kind, 0)
+            if kind == _BYTES:
+                length, at = _varint(message, at)
+            elif not length:
+                raise KeyError(kind)
+            value = message[at : at + length]
+            at += length
+        yield key >> 3, value, message[start:at]
 
 
-def _varint(data: bytearray, at: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
-    while at < len(data):
+    while True:
         byte = data[at]
-        at += 1
         value |= (byte & 0x7F) << shift
-        shift += 7
+        at, shift = at + 1, shift + 7
         if byte < 0x80:
-            break
-    return value, at
+            return value, at
+
+
+def _record(field: int, kind: int, value: bytes | int) -> bytes:
+    key = _encoded(field << 3 | kind)
+    return key + (_encoded(value) if isinstance(value, int) else _encoded(len(value)) + value)
+
+
+def _encoded(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

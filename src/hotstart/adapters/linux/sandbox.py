@@ -80,7 +80,12 @@ class LinuxSandbox:
         if spec.page_server:
             argv += ["-P", str(spec.page_server_fd)]
             program = (*spec.page_server, "--", *spec.program)
-        fds = (*opened, door.fileno(), *(s.fileno() for s, _ in spec.listeners), *spec.keep_fds)
+        for fd, target in spec.mounts:
+            argv += ["-m", f"{fd}{_SEPARATOR}{target}"]
+        if spec.source_fd is not None:
+            argv += ["-w", str(spec.source_fd)]
+        streamed = (*(fd for fd, _ in spec.mounts), *(() if spec.source_fd is None else (spec.source_fd,)))
+        fds = (*opened, door.fileno(), *(s.fileno() for s, _ in spec.listeners), *spec.keep_fds, *streamed)
         self._starter = subprocess.Popen(
             [*argv, "--", *program],
             env=dict(spec.environment),
