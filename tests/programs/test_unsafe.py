@@ -31,7 +31,7 @@ def churn(kind, *arguments, before=()):
     ],
     ids=["go", "static", "raw calls"],
 )
-def test_an_unsafe_program_gets_its_pages_as_it_asks_for_them(hotstart, rounds, worker, reason):
+def test_an_unsafe_program_is_not_mapped_and_comes_back_right(hotstart, rounds, worker, reason):
     manifest = survive(hotstart, churn(*worker), rounds, checker(hotstart, CHURN))
     assert [p.strategy for p in manifest.processes] == ["userfaultfd"]
     assert reason in manifest.processes[0].reason
@@ -41,6 +41,12 @@ def test_a_program_that_cleared_the_preloading_is_recognised(hotstart):
     worker = churn("churn-raw", "8", before=("/usr/bin/env", "-u", "LD_PRELOAD"))
     manifest = survive(hotstart, worker, 1, checker(hotstart, CHURN))
     assert [p.strategy for p in manifest.processes] == ["userfaultfd"]
+
+
+@pytest.fixture
+def on_demand(monkeypatch):
+    """Pages are brought as they are asked for."""
+    monkeypatch.setenv("HOTSTART_USERFAULTFD", "1")
 
 
 def mixed_tree(mib):
@@ -60,13 +66,23 @@ def test_plan_and_receipt_say_the_strategy_and_the_reason_of_each_process(hotsta
     planned = hotstart.plan("s").processes
     (replica,) = hotstart.restore("s")
     assert replica.receipt.processes == planned
-    assert replica.receipt.strategy == "mapped+userfaultfd"
+    assert replica.receipt.strategy == "mapped+copied"
     assert {p.name: p.reason.partition(" (")[0] for p in planned} == {
         "churn": "its memory file is mapped privately: pages are shared until they are written",
         "churn-static": "the preload shim is not in it",
     }
 
 
+@pytest.mark.usefixtures("on_demand")
+def test_pages_are_brought_on_demand_where_that_is_asked_for(hotstart):
+    start(hotstart, "w", mixed_tree(96))
+    hotstart.snapshot("s", "w", SnapshotOptions())
+    (replica,) = hotstart.restore("s")
+    assert replica.receipt.strategy == "mapped+userfaultfd"
+    assert json.loads(ask(hotstart, replica.name, "GET", "/check?rounds=0")) == {"wrong": 0, "held": 96}
+
+
+@pytest.mark.usefixtures("on_demand")
 def test_a_small_unsafe_program_is_copied(hotstart):
     start(hotstart, "w", churn("churn-static", "4"))
     hotstart.snapshot("s", "w", SnapshotOptions())
@@ -76,14 +92,11 @@ def test_a_small_unsafe_program_is_copied(hotstart):
 
 
 def page_servers(replica):
-    init = os.stat(f"/proc/{replica.pid}").st_uid, int(_parent(replica.pid))
-    return [pid for pid in children(init[1]) if process_name(pid) == "criu"]
+    init = int(Path(f"/proc/{replica.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return [pid for pid in children(init) if process_name(pid) == "criu"]
 
 
-def _parent(pid):
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-
-
+@pytest.mark.usefixtures("on_demand")
 def test_the_page_server_ends_when_it_has_brought_everything(hotstart):
     start(hotstart, "w", churn("churn-static", "200"))
     hotstart.snapshot("s", "w", SnapshotOptions())
@@ -95,6 +108,7 @@ def test_the_page_server_ends_when_it_has_brought_everything(hotstart):
     checker(hotstart, CHURN)(replica.name)
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_a_replica_whose_page_server_is_killed_ends_and_never_answers_wrong(hotstart):
     start(hotstart, "w", churn("churn-static", "600"))
     hotstart.snapshot("s", "w", SnapshotOptions())
@@ -113,6 +127,7 @@ def test_a_replica_whose_page_server_is_killed_ends_and_never_answers_wrong(hots
     assert "page server failed" in Path(hotstart.find(replica.name)[1].log_path).read_text()
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_a_replica_can_be_snapshotted_while_its_pages_are_still_being_brought(hotstart):
     start(hotstart, "w", churn("churn-static", "200"))
     hotstart.snapshot("s", "w", SnapshotOptions())

@@ -121,6 +121,7 @@ def join(hotstart: Hotstart, name: str) -> Stream | LocalSnapshot:
             return hotstart.snapshots.open(name)
         connection = _connect(path)
         if connection is None:
+            hotstart.store.holding(name)  # before anything is made for it
             lock_fd = hotstart.snapshots.try_lock(name)
             if lock_fd is None:
                 time.sleep(_POLL_S)  # somebody lays it out
