@@ -43,12 +43,6 @@ def test_a_program_that_cleared_the_preloading_is_recognised(hotstart):
     assert [p.strategy for p in manifest.processes] == ["userfaultfd"]
 
 
-@pytest.fixture
-def on_demand(monkeypatch):
-    """Pages are brought as they are asked for."""
-    monkeypatch.setenv("HOTSTART_USERFAULTFD", "1")
-
-
 def mixed_tree(mib):
     static = program(PROGRAMS / "churn-static")
     script = f"{static} {PORT} {mib} & exec {program(PROGRAMS / 'churn')} 8001 32"
@@ -73,16 +67,14 @@ def test_plan_and_receipt_say_the_strategy_and_the_reason_of_each_process(hotsta
     }
 
 
-@pytest.mark.usefixtures("on_demand")
-def test_pages_are_brought_on_demand_where_that_is_asked_for(hotstart):
-    start(hotstart, "w", mixed_tree(96))
+def test_a_program_of_one_process_gets_its_pages_as_it_asks_for_them(hotstart):
+    start(hotstart, "w", churn("churn-static", "96"))
     hotstart.snapshot("s", "w", SnapshotOptions())
     (replica,) = hotstart.restore("s")
-    assert replica.receipt.strategy == "mapped+userfaultfd"
-    assert json.loads(ask(hotstart, replica.name, "GET", "/check?rounds=0")) == {"wrong": 0, "held": 96}
+    assert replica.receipt.strategy == "userfaultfd"
+    checker(hotstart, CHURN)(replica.name)
 
 
-@pytest.mark.usefixtures("on_demand")
 def test_a_small_unsafe_program_is_copied(hotstart):
     start(hotstart, "w", churn("churn-static", "4"))
     hotstart.snapshot("s", "w", SnapshotOptions())
@@ -96,7 +88,6 @@ def page_servers(replica):
     return [pid for pid in children(init) if process_name(pid) == "criu"]
 
 
-@pytest.mark.usefixtures("on_demand")
 def test_the_page_server_ends_when_it_has_brought_everything(hotstart):
     start(hotstart, "w", churn("churn-static", "200"))
     hotstart.snapshot("s", "w", SnapshotOptions())
@@ -108,7 +99,6 @@ def test_the_page_server_ends_when_it_has_brought_everything(hotstart):
     checker(hotstart, CHURN)(replica.name)
 
 
-@pytest.mark.usefixtures("on_demand")
 def test_a_replica_whose_page_server_is_killed_ends_and_never_answers_wrong(hotstart):
     start(hotstart, "w", churn("churn-static", "600"))
     hotstart.snapshot("s", "w", SnapshotOptions())
@@ -127,7 +117,6 @@ def test_a_replica_whose_page_server_is_killed_ends_and_never_answers_wrong(hots
     assert "page server failed" in Path(hotstart.find(replica.name)[1].log_path).read_text()
 
 
-@pytest.mark.usefixtures("on_demand")
 def test_a_replica_can_be_snapshotted_while_its_pages_are_still_being_brought(hotstart):
     start(hotstart, "w", churn("churn-static", "200"))
     hotstart.snapshot("s", "w", SnapshotOptions())

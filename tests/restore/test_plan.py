@@ -235,28 +235,36 @@ def unsafe_manifest(image_bytes: int = LAZY_BYTES) -> Manifest:
     unsafe = Process(1020, "server", 8, None, "userfaultfd", "the preload shim is not in it")
     manifest = a_manifest()
     pages = File("images/pages-1.img", image_bytes, ())
-    return a_manifest(processes=(*manifest.processes[:1], unsafe), files=(*manifest.files, pages))
+    return a_manifest(processes=(unsafe,), memory=(), files=(*manifest.files, pages), logical_bytes=image_bytes)
 
 
 def test_a_process_that_must_not_be_mapped_gets_its_pages_as_it_asks_for_them():
     plan = make_plan(unsafe_manifest(), a_node())
     assert plan.on_demand
-    assert plan.strategy == "mapped+userfaultfd"
-    assert plan.processes[1].reason.startswith("the preload shim is not in it: ")
+    assert plan.strategy == "userfaultfd"
+    assert plan.processes[0].reason.startswith("the preload shim is not in it: ")
 
 
 def test_it_is_copied_where_userfaultfd_cannot_be_used_and_the_plan_says_so():
     plan = make_plan(unsafe_manifest(), a_node(no_userfaultfd="userfaultfd cannot be used here (not permitted)"))
     assert not plan.on_demand
-    assert plan.processes[1].strategy == "copied"
-    assert "not permitted" in plan.processes[1].reason
+    assert plan.processes[0].strategy == "copied"
+    assert "not permitted" in plan.processes[0].reason
 
 
 def test_a_small_one_is_copied():
     plan = make_plan(unsafe_manifest(LAZY_BYTES - 1), a_node())
+    assert (plan.on_demand, plan.strategy) == (False, "copied")
+
+
+def test_a_tree_of_several_processes_is_copied():
+    unsafe = unsafe_manifest()
+    manifest = structs.replace(unsafe, processes=(*a_manifest().processes[:1], *unsafe.processes))
+    plan = make_plan(manifest, a_node())
     assert (plan.on_demand, plan.strategy) == (False, "mapped+copied")
+    assert "one process" in plan.processes[1].reason
 
 
 def test_what_is_in_images_counts_as_memory_that_a_replica_needs():
-    assert make_plan(unsafe_manifest(1 << 30), a_node(free_memory_bytes=1 << 30)).refusals
+    assert make_plan(unsafe_manifest(2 << 30), a_node(free_memory_bytes=1 << 30)).refusals
     assert not make_plan(unsafe_manifest(), a_node(free_memory_bytes=1 << 30)).refusals

@@ -344,7 +344,8 @@ static pid_t start(char **program, int log_write)
 /* A page that its server has not brought must never be taken for zeros, which is what the kernel gives once the last descriptor
  * of a userfaultfd is closed. So the restore meets us where it expects the server: we hold a descriptor of each, and if the
  * server fails, everything is killed before we let go. Not covered is a process forked while pages are still being brought,
- * whose descriptor only the server has: for the moment between the server's death and our noticing. */
+ * whose descriptor only the server has: for the moment between the server's death and our noticing. For trees of one process only:
+ * the server polls what it has closed and we hold (CRIU 4.2.1). */
 enum { FINISHED = 0x52535446 }; /* criu/uffd.c, LAZY_PAGES_RESTORE_FINISHED */
 static const char page_socket[] = "lazy-pages.socket"; /* LAZY_PAGES_SOCK_NAME */
 static pid_t page_server;

@@ -212,6 +212,10 @@ def _strategy(process: Process, manifest: Manifest, node: NodeFacts) -> tuple[st
         return process.strategy, why
     if node.no_userfaultfd:
         return "copied", f"{why}; {node.no_userfaultfd}"
+    if len(manifest.processes) > 1:
+        # CRIU's page server (4.2.1) closes a process's userfaultfd when that has all its pages, and goes on polling it while
+        # another descriptor is open, which hotstart-init has (native/init.c): seen as a process that stood still for good.
+        return "copied", f"{why}; pages on demand are for trees of one process"
     if manifest.image_bytes < LAZY_BYTES:
         return "copied", f"{why}; so little is there sooner if it is copied first"
     return process.strategy, f"{why}: its pages are brought as it asks for them"

@@ -41,13 +41,7 @@ def free_memory_bytes() -> int:
 
 
 def why_no_userfaultfd() -> str | None:
-    """Say why pages are not brought to a replica as it asks for them (userfaultfd(2)), or None if they are.
-
-    CRIU 4.2.1's page server can end in a loop in which it brings no page any more, when threads unmap and map memory while it is
-    at work: 1 of 50 replicas of a busy program stood still for good. None was wrong. Until that is mended it has to be asked for.
-    """
-    if os.environ.get("HOTSTART_USERFAULTFD") != "1":
-        return "CRIU's page server, which could bring them on demand, may stand still: HOTSTART_USERFAULTFD=1 uses it"
+    """Say why this process may not load another's pages on demand (userfaultfd(2)), or None if it may."""
     import ctypes
 
     number = {"x86_64": 323, "aarch64": 282}.get(os.uname().machine)
