@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -101,6 +102,32 @@ def test_ten_restores_at_once_of_a_snapshot_that_is_only_in_s3_transfer_it_once(
         assert [(p.communicate()[0].count(b"same answer"), p.returncode) for p in started] == [(1, 0)] * 10
         wait_until(lambda: elsewhere.snapshots.names() == ["snap"])
         assert 0.9 * stored < relay.received < 1.1 * stored
+
+
+@pytest.mark.long
+def test_a_line_that_breaks_while_memory_streams_makes_a_replica_wait_and_no_more(
+    hotstart, elsewhere, server, url, monkeypatch
+):
+    a_snapshot(hotstart)
+    push_snapshot(hotstart, "snap", url, Progressing())
+    elsewhere.store.keyring.trust(hotstart.store.keyring.signer().key)
+    monkeypatch.setenv("HOTSTART_REMOTE", url)
+    monkeypatch.setenv("HOTSTART_BANDWIDTH", "16M")
+    with Relay(server.port) as relay:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.port}")
+        done = []
+        restoring = threading.Thread(target=lambda: done.extend(elsewhere.restore("snap")))
+        restoring.start()
+        wait_until(lambda: relay.received > 8 << 20)
+        relay.cut()
+        time.sleep(2)
+        assert not done
+        relay.mend()
+        restoring.join()
+        (replica,) = done
+        assert replica.receipt.oracle_ok
+        assert replica.receipt.strategy == "streamed"
+        wait_until(lambda: elsewhere.snapshots.names() == ["snap"])
 
 
 def test_a_pull_that_is_killed_goes_on_where_it_stopped(hotstart, elsewhere, url, tmp_path):

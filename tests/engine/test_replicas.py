@@ -170,7 +170,10 @@ def test_a_replica_starts_after_runtime_state_was_lost(hotstart, tmp_path):
 def test_a_snapshot_is_laid_out_again_from_the_store_when_the_cache_is_gone(hotstart, tmp_path):
     assert take(hotstart, wait_stored=True).stored_bytes > 30 << 20
     shutil.rmtree(tmp_path / "home" / "cache")
-    assert hotstart.restore("snap")[0].receipt.oracle_ok
+    first = hotstart.restore("snap")[0].receipt
+    assert first.oracle_ok
+    assert first.strategy == "streamed"
+    wait_until(lambda: "snap" in hotstart.snapshots.names())
     assert hotstart.restore("snap")[0].receipt.strategy == "mapped"
 
 

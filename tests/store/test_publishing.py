@@ -7,12 +7,15 @@ import pytest
 from msgspec import structs
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
+from hotstart.snapshot.manifest import RecordedRestore
+from hotstart.snapshot.workingset import Span, WorkingSet
 from hotstart.store import packs, publishing
 from hotstart.store.collecting import collect, snapshot_sizes, unpublish
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.local import LocalSnapshots
 from hotstart.store.memory import MemoryStore
 from hotstart.store.mending import mend
+from hotstart.store.ordering import set_first
 from hotstart.store.packs import decode_places, encode_places
 from hotstart.store.port import Missing
 from hotstart.store.publishing import LocalSource, StoredSource, publish
@@ -681,3 +684,20 @@ def test_every_error_of_a_store_tells_one_line(home):
         with pytest.raises((HotstartError, Missing)) as error:
             pull("llm-1", repository(bad), LocalSnapshots(str(home.parent / victim.replace("/", "-"))))
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_what_a_restore_touches_first_lies_first_in_its_order(home):
+    store, local = MemoryStore(), make_local(home)
+    touched = [Span(1, 3 << 20, 4096), Span(0, 2 << 20, 4096), Span(0, 0, 4096)]
+    local.record(RecordedRestore(0.1, 0.2), WorkingSet(tuple(touched[:1]), tuple(touched[1:])))
+    push(local, repository(store))
+    places = repository(store).places_of(local.digest())
+    order = [e.digest for _, e in set_first([local.extents(m) for m in local.manifest.memory], touched)]
+    positions = [places[d].position for d in dict.fromkeys(order)]
+    assert positions == sorted(positions)
+    assert positions[0] > max(places[c.digest].position for f in local.manifest.files for c in f.chunks)
+    # A push from store to store keeps the order.
+    second = MemoryStore()
+    publish(StoredSource(repository(store), "llm-1"), repository(second))
+    again = [repository(second).places_of(local.digest())[d].position for d in dict.fromkeys(order)]
+    assert again == sorted(again)

@@ -371,11 +371,11 @@ class Hotstart:
         check_name(name, "snapshot")
         if name in self.snapshots.names() or why_no_streaming():
             return self.local_snapshot(name, progress, note), None
-        from hotstart.api.stream import Stream, join
+        from hotstart.api.stream import Stream, StreamEndedError, join
 
         try:
             found = join(self, name)
-        except MachineLacks as e:
+        except (MachineLacks, StreamEndedError) as e:
             note(f"{e}: all of the snapshot is laid out first")
             return self.local_snapshot(name, progress, note), None
         if isinstance(found, Stream):

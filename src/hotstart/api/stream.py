@@ -94,14 +94,14 @@ class Stream:
     def _receive(self) -> tuple[bytes, list[int]]:
         data, fds, _, _ = socket.recv_fds(self._connection, MESSAGE_BYTES, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
         if not data:
-            raise _GoneError("the process that streams the snapshot has ended: try again")
+            raise StreamEndedError("the process that streams the snapshot has ended")
         if data.startswith(b"error "):
             _, kind, message = data.decode(errors="replace").split(" ", 2)
             raise getattr(errors, kind, HotstartError)(message)
         return data, fds
 
 
-class _GoneError(HotstartError):
+class StreamEndedError(HotstartError):
     """Who streams it has ended, perhaps because it was done."""
 
 
@@ -137,7 +137,7 @@ def join(hotstart: Hotstart, name: str) -> Stream | LocalSnapshot:
         except BaseException as e:
             connection.close()
             tries += 1
-            if not isinstance(e, _GoneError | OSError) or tries == _TRIES:
+            if not isinstance(e, StreamEndedError | OSError) or tries == _TRIES:
                 raise
 
 
