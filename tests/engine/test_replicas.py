@@ -14,7 +14,7 @@ from hotstart.api.capturing import Progressing, SnapshotOptions, SnapshotTaken, 
 from hotstart.api.storing import push_snapshot
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 
-from .conftest import ask, tiny_warmup, tiny_worker
+from .conftest import ask, tiny_warmup, tiny_worker, wait_until
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_left")]
 IGNORE = ("id", "created")
