@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,16 +56,13 @@ def test_a_large_file_that_was_deleted_and_is_still_open_comes_back(hotstart):
 
 
 @pytest.fixture
-def postgres(tmp_path):
+def postgres():
     """A worker: a server with a fresh database, as the user that Debian's package made."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     binaries = found[-1].parent if found else program("/usr/lib/postgresql/15/bin/postgres").parent
-    folder = tmp_path / "postgres"
-    folder.mkdir()
+    # Not below pytest's folder, which is root's alone.
+    folder = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="hotstart-postgres-"))
     shutil.chown(folder, "postgres", "postgres")
-    for parent in folder.parents:
-        if parent.is_relative_to("/tmp") and parent != Path("/tmp"):
-            parent.chmod(0o755)
     become = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]
     subprocess.run(
         [*become, binaries / "initdb", "-D", folder, "-A", "trust", "--no-sync"],
@@ -76,7 +74,8 @@ def postgres(tmp_path):
     command = [*become, str(binaries / "postgres"), "-D", str(folder)]
     for name, value in options.items():
         command += ["-c", f"{name}={value}"]
-    return a_worker(shutil.which("setpriv"), *command[1:], writable=(str(folder),))
+    yield a_worker(shutil.which("setpriv"), *command[1:], writable=(str(folder),))
+    shutil.rmtree(folder)
 
 
 def test_postgresql_without_the_capability_is_refused_by_name(hotstart, postgres):
