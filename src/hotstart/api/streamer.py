@@ -35,7 +35,6 @@ from hotstart.store.streaming import StreamedFile, Streaming, chunk_elsewhere
 
 if TYPE_CHECKING:
     from hotstart.store.leases import Lease
-    from hotstart.store.local import PartialPull
     from hotstart.store.repository import Published, Repository
 
 _SERVERS = 2
@@ -140,8 +139,9 @@ class Streamer:
     def _transfer(self) -> _Mounted | None:
         """Fetch everything and make it a local snapshot; None if nobody needed it before it was complete."""
         with ExitStack() as stack:
-            found, partial, repository = self._begin(stack)
             stack.callback(self._stop_listening)
+            found, repository = self._find()
+            partial = stack.enter_context(self._hotstart.snapshots.begin_pull(self._name, found.digest, self._lock_fd))
             if partial.done:  # by somebody who was faster: whoever started us finds it
                 return None
             mounted = _Mounted(partial.folder, found.manifest, self._answer)
@@ -179,20 +179,17 @@ class Streamer:
         shutil.rmtree(f"/proc/self/fd/{self._folder_fd}/{IMAGES}", ignore_errors=True)
         return mounted
 
-    def _begin(self, stack: ExitStack) -> tuple[Published, PartialPull, Repository]:
-        """Find the snapshot in the first store that gives it, and take over its folder."""
+    def _find(self) -> tuple[Published, Repository]:
+        """Find the snapshot in the first store that gives it. Raises NotFound, Refused, and lets go of its name."""
         problem: HotstartError | None = None
         for repository in self._hotstart.store.all():
             try:
-                if not repository.has(self._name):
-                    continue
-                reading = self._hotstart.store.reading_from(repository)
-                found = reading.find(self._name)
+                if repository.has(self._name):
+                    reading = self._hotstart.store.reading_from(repository)
+                    return reading.find(self._name), reading
             except HotstartError as e:
                 problem = problem or e
-                continue
-            partial = stack.enter_context(self._hotstart.snapshots.begin_pull(self._name, found.digest, self._lock_fd))
-            return found, partial, reading
+        self._hotstart.snapshots.give_up_lock(self._name, self._lock_fd)
         raise problem or NotFound(f"no snapshot {self._name}: `hotstart snapshot ls` lists them")
 
     def _follow(self, streaming: Streaming, lease: Lease | None) -> bool:

@@ -315,6 +315,10 @@ class LocalSnapshots:
         except BadUsage:
             return None
 
+    def give_up_lock(self, name: str, fd: int) -> None:
+        """Remove that lock again: nothing came of it."""
+        _Lock(self.root, name, wait=False, held_fd=fd).release()
+
     def is_streamed(self, name: str) -> bool:
         """Say whether a snapshot's memory is still on its way, to replicas that are running."""
         return os.path.exists(self.stream_path(name)) and _is_locked(os.path.join(self.root, f".{name}{MAKING}"))
