@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hotstart.adapters.criu.images import link_for_small_pages, without_huge_pages
 
 HEAD = b"\x56\x19\x43\x56\x10\x42\x41\x57"
-HUGE, DONTDUMP = 1 << 14, 1 << 16
+HUGE, SMALL, DONTDUMP = 1 << 14, 1 << 15, 1 << 16
 
 
 def varint(value):
@@ -33,9 +33,9 @@ def area(advice):
     return number(1, 0x7F0000000000) + number(2, 0x7F0000200000) + number(9, advice) + varint(10 << 3 | 1) + bytes(8)
 
 
-def test_only_the_advice_goes():
+def test_the_advice_is_turned_and_nothing_else_changed():
     before = image(area(HUGE), area(HUGE | DONTDUMP), area(0), before=number(1, 4096), behind=text(13, b"auxv"))
-    behind = image(area(0), area(DONTDUMP), area(0), before=number(1, 4096), behind=text(13, b"auxv"))
+    behind = image(area(SMALL), area(SMALL | DONTDUMP), area(0), before=number(1, 4096), behind=text(13, b"auxv"))
     assert without_huge_pages(before) == behind
     assert without_huge_pages(behind) == behind
 
@@ -55,7 +55,7 @@ def test_the_other_images_are_links_that_hold_wherever_both_folders_are_seen(tmp
     (tmp_path / "images" / "mm-1000.img").write_bytes(image(area(HUGE)))
     (tmp_path / "images" / "pages-1.img").write_bytes(b"pages")
     link_for_small_pages(str(tmp_path / "images"), str(tmp_path / "copy"))
-    assert (tmp_path / "copy" / "mm-1000.img").read_bytes() == image(area(0))
+    assert (tmp_path / "copy" / "mm-1000.img").read_bytes() == image(area(SMALL))
     link_for_small_pages(str(tmp_path / "images"), str(tmp_path / "copy"))  # by a stream that goes on with another's
     tmp_path.rename(tmp_path.with_name("elsewhere"))
     assert (tmp_path.with_name("elsewhere") / "copy" / "pages-1.img").read_bytes() == b"pages"

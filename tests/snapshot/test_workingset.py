@@ -56,6 +56,13 @@ def test_only_data_is_kept_byte_for_byte(spans, borders):
     assert [x for a, n in only_data(spans, data) for x in range(a, a + n)] == wanted
 
 
+def test_the_borders_of_what_is_touched_are_where_it_begins_and_ends_and_not_where_two_spans_meet():
+    working_set = WorkingSet((Span(0, 10, 10),), (Span(0, 20, 5), Span(1, 0, 7), Span(0, 40, 2)))
+    assert working_set.borders(0) == [10, 25, 40, 42]
+    assert working_set.borders(1) == [0, 7]
+    assert working_set.borders(2) == []
+
+
 def test_the_document_is_read_as_it_was_written_and_unknown_fields_are_ignored():
     working_set = WorkingSet((Span(0, 0, 5),), (Span(1, 65536, 7), Span(0, 9, 1)), (Span(3, 0, 1),), ())
     assert parse_working_set(working_set.to_bytes()) == working_set

@@ -78,7 +78,7 @@ def make_local(
         )
         local = partial.publish(manifest)
     if digested:
-        local.digest_memory(lambda *_: None, lambda _: None)
+        local.digest_memory(lambda _: None)
     return local
 
 

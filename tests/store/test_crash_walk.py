@@ -288,13 +288,13 @@ def test_a_digesting_that_is_killed_at_any_system_call_leaves_a_good_snapshot_th
         local = make_local(home, digested=False)
         right, snapshots = contents_of(local), LocalSnapshots(str(home))
         right.pop("manifest.json")
-        if finishes_unless_killed_at_call(n, when, lambda x=local: x.digest_memory(lambda *_: None, lambda _: None)):
+        if finishes_unless_killed_at_call(n, when, lambda x=local: x.digest_memory(lambda _: None)):
             break
         deaths += 1
         again = snapshots.open("llm-1")
         again.check()
         if not again.digested:
-            again.digest_memory(lambda *_: None, lambda _: None)
+            again.digest_memory(lambda _: None)
         again.verify()
         assert right.items() <= contents_of(snapshots.open("llm-1")).items()
         push(again, repository(MemoryStore()))

@@ -289,7 +289,7 @@ def test_a_push_onto_a_full_disk_says_so_and_loses_nothing(tmp_path, local):
         f.seek(MIB * 2)
         f.write(random.Random(5).randbytes(MIB))
     second.seal()
-    second.digest_memory(lambda *_: None, lambda _: None)
+    second.digest_memory(lambda _: None)
     full, names, collected, unchanged, again, garbage, read_only = on_a_small_disk(
         tmp_path, "900k", _PUSH, str(tmp_path / "store"), str(tmp_path / "home")
     )

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from hotstart.errors import BadUsage, Damaged, NotFound, Refused
+from hotstart.snapshot.workingset import Span, WorkingSet
 from hotstart.store import local as local_store
 from hotstart.store.local import LocalSnapshots
 from tests.samples import a_manifest
@@ -241,22 +242,41 @@ def test_until_it_is_digested_the_seal_alone_vouches_for_memory(tmp_path):
         with pytest.raises(Damaged, match="changed before it was digested"):
             opened(tmp_path).check()
     with pytest.raises(Damaged):
-        opened(tmp_path).digest_memory(lambda *_: None, lambda _: None)
+        opened(tmp_path).digest_memory(lambda _: None)
 
 
 def test_digesting_changes_the_manifest_and_nothing_else(tmp_path):
     local = make_local(tmp_path, digested=False)
     before = contents_of(local)
-    populated, reported = [], []
-    local.digest_memory(lambda _mapped, spans: populated.append(spans), reported.append)
+    reported = []
+    local.digest_memory(reported.append)
     after = contents_of(opened(tmp_path))
     assert {k: v for k, v in after.items() if k in before and k != "manifest.json"} == {
         k: v for k, v in before.items() if k != "manifest.json"
     }
     assert after.keys() - before.keys() == {"memory-0.index", "memory-1.index"}
     assert sum(reported) == sum(m.data_bytes for m in local.manifest.memory)
-    assert len(populated) == 2 and all(populated)
     opened(tmp_path).check()
+
+
+def test_all_that_is_data_is_brought_into_the_page_cache(tmp_path):
+    local, populated = make_local(tmp_path), []
+    local.populate_memory(lambda _mapped, spans: populated.append(spans))
+    assert len(populated) == len(local.manifest.memory)
+    assert all(
+        sum(n for _, n in spans) >= m.data_bytes for spans, m in zip(populated, local.manifest.memory, strict=True)
+    )
+
+
+def test_no_chunk_has_both_what_is_in_the_working_set_and_what_is_not(tmp_path):
+    plain = make_local(tmp_path / "plain")
+    first = plain.extents(plain.manifest.memory[0])[0]
+    assert first.length > 8192
+    local = make_local(tmp_path / "cut", digested=False)
+    local.digest_memory(lambda _: None, WorkingSet((), (Span(0, first.offset, 8192),)))
+    ends = {e.offset + e.length for e in local.extents(local.manifest.memory[0])}
+    assert first.offset + 8192 in ends
+    local.verify()
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
@@ -273,11 +293,11 @@ def test_a_digesting_killed_at_any_step_leaves_a_good_snapshot_that_can_be_diges
     with monkeypatch.context() as dying:
         dying.setattr(local_store, "write_durably", write_or_die)
         with pytest.raises(KeyboardInterrupt):
-            local.digest_memory(lambda *_: None, lambda _: None)
+            local.digest_memory(lambda _: None)
     again = opened(tmp_path)
     again.check()
     assert again.digest() == former
-    again.digest_memory(lambda *_: None, lambda _: None)
+    again.digest_memory(lambda _: None)
     opened(tmp_path).check()
     opened(tmp_path).verify()
     assert opened(tmp_path).digested
@@ -290,7 +310,7 @@ def test_an_interrupted_digesting_is_quiet_and_leaves_a_good_snapshot(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        local.digest_memory(lambda *_: None, interrupted)
+        local.digest_memory(interrupted)
     opened(tmp_path).check()
     assert not opened(tmp_path).digested
 
@@ -298,7 +318,7 @@ def test_an_interrupted_digesting_is_quiet_and_leaves_a_good_snapshot(tmp_path):
 def test_digesting_again_changes_nothing(tmp_path, local):
     digest = local.digest()
     again = opened(tmp_path)
-    again.digest_memory(lambda *_: None, lambda _: None)
+    again.digest_memory(lambda _: None)
     assert again.digest() == digest
 
 

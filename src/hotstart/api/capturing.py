@@ -18,7 +18,7 @@ from hotstart.adapters.linux.host import free_memory_bytes, host_fingerprint, ne
 from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import children, mapped_files, memory_bytes, process_name, tree
 from hotstart.adapters.linux.traits import TraitsReader
-from hotstart.api.recording import restore_and_record, trial_name
+from hotstart.api.recording import restore_and_time, restore_and_watch, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError, MachineLacks, NotFound, Refused
 from hotstart.snapshot.capture import REGIONS, Captured, FoldedProcess, Source, capture
@@ -325,13 +325,16 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, names: set[str]) -> 
 
 
 def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progressing: Progressing) -> LocalSnapshot:
-    """Bring the memory to the disk, digest it, restore once: what is kept is known to work, and how long it takes."""
+    """Bring the memory to the disk, restore twice, digest: what is kept is known to work, what it touches, how long it takes."""
     progressing.stage("writing to the disk")
     local.spill(progressing.measured(local.manifest.data_bytes))
-    progressing.stage("digesting")
-    local.digest_memory(populate, progressing.measured(local.manifest.data_bytes))
     progressing.stage("trying it")
-    local.record(*restore_and_record(hotstart_, local, trial))
+    local.populate_memory(populate)
+    working_set = restore_and_watch(hotstart_, local, trial)
+    recorded = restore_and_time(hotstart_, local, trial)
+    progressing.stage("digesting")
+    local.digest_memory(progressing.measured(local.manifest.data_bytes), working_set)
+    local.record(recorded, working_set)
     return local
 
 

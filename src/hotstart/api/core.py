@@ -322,12 +322,14 @@ class Hotstart:
         progress: Progress = no_progress,
         spans: Mapping[str, Span] | None = None,
         recorder: TouchRecorder | None = None,
+        images: str = "images",
     ) -> list[Started]:
         """Start replicas of a snapshot, all at once; return when each has answered as the warm worker did.
 
         Without an oracle, or with wait=False, a replica that accepts connections is enough. Raises Refused if the snapshot cannot
         run here or a replica answers otherwise, NotFound, BadUsage (a name or port that is taken), HotstartError. On any error
-        none of them is left. A `recorder` watches what the one replica touches.
+        none of them is left. A `recorder` watches what the one replica touches; `images` is the
+        folder of CRIU's images in the snapshot's.
         """
         began = time.monotonic()
         asked = began if self._clock_start is None else self._clock_start
@@ -354,7 +356,9 @@ class Hotstart:
                 from hotstart.api.prefetching import prefetch
 
                 measured["prefetch"] = prefetch(local, plan)
-            with RestoringReplicas(self, local, plan, environment or {}, recorder, stream, wait=wait) as restoring:
+            with RestoringReplicas(
+                self, local, plan, environment or {}, recorder, stream, images, wait=wait
+            ) as restoring:
                 started = restoring.start(replicas, name, publish, asked, measured)
             if plan.working_set_missing:
                 from hotstart.api.prefetching import note_cold_restore

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
+from hotstart.adapters.criu.images import link_for_small_pages
 from hotstart.adapters.linux.procfs import cpu_seconds, tree
 from hotstart.adapters.linux.touched import touched_spans
 from hotstart.api.prefetching import forget_cold_restores
@@ -28,14 +30,37 @@ _ROUND_S = 0.02
 _REST = 5  # between two looks at least five times as long as a look takes
 
 
-def restore_and_record(hotstart: Hotstart, local: LocalSnapshot, replica: str) -> tuple[RecordedRestore, WorkingSet]:
-    """Restore a snapshot once as `replica`, which is ended; return what that took and what it touched."""
+def restore_and_watch(hotstart: Hotstart, local: LocalSnapshot, replica: str) -> WorkingSet:
+    """Restore a snapshot once as `replica`, which is ended; return what it touched.
+
+    Its memory is mapped by small pages: a page table entry of 2 MiB would not tell which of them was touched.
+    """
     recorder = TouchRecorder(local.manifest)
-    (started,) = hotstart.restore(local.manifest.name, name=replica, recorder=recorder)
+    with small_pages(local.folder) as images:
+        hotstart.restore(local.manifest.name, name=replica, recorder=recorder, images=images)
     hotstart.remove(replica, force=True)
-    receipt = started.receipt
-    first_answer = None if receipt.first_answer_s is None else receipt.first_answer_s - recorder.cost_s
-    return RecordedRestore(receipt.resumed_s, first_answer, recorder.cpu_s), recorder.working_set(local)
+    return recorder.working_set(local)
+
+
+def restore_and_time(hotstart: Hotstart, local: LocalSnapshot, replica: str) -> RecordedRestore:
+    """Restore a snapshot once as `replica`, which is ended; return what that took."""
+    (started,) = hotstart.restore(local.manifest.name, name=replica)
+    _, state = hotstart.find(replica)
+    cpu_s = cpu_seconds(tree(state.init_pid))
+    hotstart.remove(replica, force=True)
+    return RecordedRestore(started.receipt.resumed_s, started.receipt.first_answer_s, cpu_s)
+
+
+@contextmanager
+def small_pages(folder: str) -> Iterator[str]:
+    """Give a folder, below a snapshot's, of images whose memory is mapped by small pages."""
+    name = f".images-{os.urandom(3).hex()}"
+    path = os.path.join(folder, name)
+    try:
+        link_for_small_pages(os.path.join(folder, "images"), path)
+        yield name
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def record_anew(hotstart: Hotstart, name: str) -> WorkingSet:
@@ -43,7 +68,7 @@ def record_anew(hotstart: Hotstart, name: str) -> WorkingSet:
     local = hotstart.local_snapshot(name)
     trial = trial_name(name)
     try:
-        _, working_set = restore_and_record(hotstart, local, trial)
+        working_set = restore_and_watch(hotstart, local, trial)
     except BaseException:
         with suppress(NotFound):
             hotstart.remove(trial, force=True)
@@ -59,11 +84,9 @@ def trial_name(snapshot: str) -> str:
 
 
 class TouchRecorder:
-    """Watches one replica. `cost_s` is what watching cost the clock, `cpu_s` what the replica computed until it had answered."""
+    """Watches one replica until it has answered."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self.cost_s = 0.0
-        self.cpu_s: float | None = None
         self._blocks: dict[str, tuple[bool, int, TouchedBlocks]] = {}
         for i, memory in enumerate(manifest.memory):
             self._blocks[f"{MEMORY_FOLDER}/{memory.name}"] = True, i, TouchedBlocks(memory.data_end)
@@ -111,13 +134,11 @@ class _WatchingAsker:
     def ask(self, door_path: str, port: int, request: Request, timeout_s: float) -> Answer:
         """Ask, looking again and again meanwhile."""
         took = self._look(answered=False)
-        self._recorder.cost_s += took
         done = Event()
         watcher = Thread(target=self._watch, args=(done, took))
         watcher.start()
         try:
             answer = self._asker.ask(door_path, port, request, timeout_s)
-            self._recorder.cpu_s = cpu_seconds(tree(self._init_pid()))
         finally:
             done.set()
             watcher.join()

@@ -56,12 +56,14 @@ class RestoringReplicas:
         environment: Mapping[str, str],
         recorder: TouchRecorder | None,
         stream: Stream | None = None,
+        images: str = "images",
         *,
         wait: bool,
     ) -> None:
         self._hotstart, self._local, self._plan, self._wait = hotstart, local, plan, wait
         self._recorder = recorder
         self._stream = stream
+        self._images = stream.images if stream else images
         self._streamed: Streamed | None = None
         self._environment = environment
         self._folders: list[RunFolder] = []
@@ -135,7 +137,7 @@ class RestoringReplicas:
         os.mkdir(folder.file("work"))
         with open(folder.file("identity"), "wb") as f:
             f.write(identity_document(folder.name, "replica", self._addresses[i], self._environment))
-        images = self._local.path(self._stream.images if self._stream else "images")
+        images = self._local.path(self._images)
         images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
         work_fd = os.open(folder.file("work"), os.O_RDONLY | os.O_DIRECTORY)
         self._stack.callback(os.close, images_fd)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct, json, structs
 
-from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import start_ticks
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
 from hotstart.snapshot.capture import REGIONS
@@ -203,7 +202,7 @@ def complete_digests(local: LocalSnapshot, progressing: Progressing) -> None:
     """Digest memory files that a command was killed over; until now only seals vouched for them."""
     if not local.digested:
         local.spill()
-        local.digest_memory(populate, progressing.measured(local.manifest.data_bytes))
+        local.digest_memory(progressing.measured(local.manifest.data_bytes))
 
 
 # ---- good and bad copies

@@ -6,7 +6,10 @@ It is advice: where it is wrong, or missing, a restore is slower and not otherwi
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from msgspec import Struct
 
@@ -51,6 +54,11 @@ class WorkingSet(Struct, frozen=True):
     def needs_bytes(self) -> int:
         """Bytes of the host's files that are touched."""
         return sum(s.length for s in self.resumed_needs + self.answered_needs)
+
+    def borders(self, file: int) -> list[int]:
+        """Return, sorted, the offsets of a memory file at which what is touched begins or ends."""
+        ends = [end for s in self.memory if s.file == file for end in (s.offset, s.offset + s.length)]
+        return sorted(offset for offset, times in Counter(ends).items() if times % 2)
 
     def to_bytes(self) -> bytes:
         """Return the document (docs/format.md)."""
@@ -105,14 +113,26 @@ class TouchedBlocks:
         return [(a * BLOCK_BYTES, min(b * BLOCK_BYTES, self._size) - a * BLOCK_BYTES) for a, b in runs]
 
 
+def split_at(spans: Iterable[tuple[int, int]], borders: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut (offset, length) spans at sorted offsets.
+
+    >>> split_at([(0, 100), (150, 50)], [0, 40, 120, 180, 200])
+    [(0, 40), (40, 60), (150, 30), (180, 20)]
+    """
+    found = []
+    for offset, length in spans:
+        inside = borders[bisect_right(borders, offset) : bisect_left(borders, offset + length)]
+        edges = [offset, *inside, offset + length]
+        found += [(a, b - a) for a, b in pairwise(edges)]
+    return found
+
+
 def only_data(spans: Iterable[tuple[int, int]], data: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Cut spans to what is data: (offset, length) both, `data` sorted and without overlap.
 
     >>> only_data([(0, 100), (150, 100)], [(50, 150), (240, 100)])
     [(50, 50), (150, 50), (240, 10)]
     """
-    from bisect import bisect_right
-
     starts = [offset for offset, _ in data]
     found = []
     for offset, length in spans:

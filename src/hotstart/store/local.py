@@ -17,7 +17,7 @@ from msgspec import MsgspecError, Struct, json, structs
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, RecordedRestore, parse_manifest
-from hotstart.snapshot.workingset import WORKING_SET, WorkingSet, parse_working_set
+from hotstart.snapshot.workingset import WORKING_SET, WorkingSet, parse_working_set, split_at
 from hotstart.store.content import Extent, decode_index, digest_of, encode_index
 from hotstart.store.digesting import (
     Progress,
@@ -200,10 +200,17 @@ class LocalSnapshot(Struct):
         for memory_id in dict.fromkeys(m.name.partition("/")[0] for m in self.manifest.memory):
             self.memory.spill(memory_id, progress)
 
-    def digest_memory(self, populate: Populate, progress: Progress) -> None:
-        """Digest the memory files on the disk, leaving them in the page cache, and write their indexes.
+    def populate_memory(self, populate: Populate) -> None:
+        """Bring the memory files on the disk into the page cache."""
+        self.spill()
+        for memory in self.manifest.memory:
+            with open(self.memory_path(memory.name), "rb") as f, mapped(f.fileno(), memory.data_end) as data:
+                populate(data, data_spans(f.fileno(), memory.data_end))
 
-        Only seals vouched until now.
+    def digest_memory(self, progress: Progress, working_set: WorkingSet | None = None) -> None:
+        """Digest the memory files on the disk and write their indexes. Only seals vouched until now.
+
+        No chunk has both what is in the working set and what is not: else all of it would have to come before the first answer.
         """
         self.spill()
         former = self.digest()
@@ -211,8 +218,7 @@ class LocalSnapshot(Struct):
         for i, memory in enumerate(self.manifest.memory):
             index = f"memory-{i}.index"
             with open(self.memory_path(memory.name), "rb") as f, mapped(f.fileno(), memory.data_end) as data:
-                spans = data_spans(f.fileno(), memory.data_end)
-                populate(data, spans)
+                spans = split_at(data_spans(f.fileno(), memory.data_end), working_set.borders(i) if working_set else ())
                 extents = digest_spans(data, spans, progress)
                 os.fsync(f.fileno())
             write_durably(self.path(index), encode_index(extents))

@@ -13,11 +13,11 @@ _HEAD_BYTES = 12
 _AREAS, _ADVICE = 14, 9
 _VARINT, _BYTES = 0, 2
 _FIXED = {1: 8, 5: 4}
-_HUGEPAGE = 1 << 14
+_HUGEPAGE, _NOHUGEPAGE = 1 << 14, 1 << 15
 
 
 def link_for_small_pages(source: str, target: str) -> None:
-    """Make a folder of images beside another: the tree that they lead to is the same, but its memory asks for no huge pages.
+    """Make a folder of images beside another: the tree that they lead to is the same, but its memory is mapped by small pages.
 
     All but images of areas are links, which lead from one folder to the other wherever both are seen.
     """
@@ -32,7 +32,7 @@ def link_for_small_pages(source: str, target: str) -> None:
 
 
 def without_huge_pages(image: bytes) -> bytes:
-    """Return an image of areas of which none asks for huge pages; an image that is none as it is."""
+    """Return an image in which areas that asked for huge pages ask for none; an image that is none as it is."""
     try:
         message = b"".join(
             _record(field, _BYTES, _without_advice(value)) if field == _AREAS else raw
@@ -46,7 +46,9 @@ def without_huge_pages(image: bytes) -> bytes:
 def _without_advice(area: bytes | int) -> bytes:
     assert isinstance(area, bytes)  # an area is a message
     return b"".join(
-        _record(field, _VARINT, value & ~_HUGEPAGE) if field == _ADVICE and isinstance(value, int) else raw
+        _record(field, _VARINT, value ^ (_HUGEPAGE | _NOHUGEPAGE))
+        if field == _ADVICE and isinstance(value, int) and value & _HUGEPAGE
+        else raw
         for field, value, raw in _fields(area)
     )
 
