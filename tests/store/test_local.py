@@ -259,15 +259,6 @@ def test_digesting_changes_the_manifest_and_nothing_else(tmp_path):
     opened(tmp_path).check()
 
 
-def test_all_that_is_data_is_brought_into_the_page_cache(tmp_path):
-    local, populated = make_local(tmp_path), []
-    local.populate_memory(lambda _mapped, spans: populated.append(spans))
-    assert len(populated) == len(local.manifest.memory)
-    assert all(
-        sum(n for _, n in spans) >= m.data_bytes for spans, m in zip(populated, local.manifest.memory, strict=True)
-    )
-
-
 def test_no_chunk_has_both_what_is_in_the_working_set_and_what_is_not(tmp_path):
     plain = make_local(tmp_path / "plain")
     first = plain.extents(plain.manifest.memory[0])[0]

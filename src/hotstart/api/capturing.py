@@ -15,7 +15,6 @@ from hotstart.adapters.criu.dumper import CriuDumper
 from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter_command
 from hotstart.adapters.linux.facts import our_privileges, process_facts
 from hotstart.adapters.linux.host import free_memory_bytes, host_fingerprint, needed_files
-from hotstart.adapters.linux.pagecache import populate
 from hotstart.adapters.linux.procfs import children, mapped_files, memory_bytes, process_name, tree
 from hotstart.adapters.linux.traits import TraitsReader
 from hotstart.api.recording import restore_and_time, restore_and_watch, trial_name
@@ -329,7 +328,6 @@ def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progr
     progressing.stage("writing to the disk")
     local.spill(progressing.measured(local.manifest.data_bytes))
     progressing.stage("trying it")
-    local.populate_memory(populate)
     working_set = restore_and_watch(hotstart_, local, trial)
     recorded = restore_and_time(hotstart_, local, trial)
     progressing.stage("digesting")

@@ -11,6 +11,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from hotstart.adapters.criu.images import link_for_small_pages
+from hotstart.adapters.linux.pagecache import drop, populate, read_by_small_pages
 from hotstart.adapters.linux.procfs import cpu_seconds, tree
 from hotstart.adapters.linux.touched import touched_spans
 from hotstart.api.prefetching import forget_cold_restores
@@ -20,7 +21,7 @@ from hotstart.snapshot.layout import MEMORY_FOLDER
 from hotstart.snapshot.manifest import Manifest, RecordedRestore
 from hotstart.snapshot.warmup import Answer, Request
 from hotstart.snapshot.workingset import Span, TouchedBlocks, WorkingSet, only_data
-from hotstart.store.digesting import data_spans
+from hotstart.store.digesting import data_spans, mapped
 from hotstart.store.local import LocalSnapshot
 
 if TYPE_CHECKING:
@@ -33,13 +34,26 @@ _REST = 5  # between two looks at least five times as long as a look takes
 def restore_and_watch(hotstart: Hotstart, local: LocalSnapshot, replica: str) -> WorkingSet:
     """Restore a snapshot once as `replica`, which is ended; return what it touched.
 
-    Its memory is mapped by small pages: a page table entry of 2 MiB would not tell which of them was touched.
+    Its memory is in the page cache, and mapped, by small pages: of a folio of 2 MiB the kernel maps all at the first touch.
     """
     recorder = TouchRecorder(local.manifest)
+    for memory in local.manifest.memory:
+        with open(local.memory_path(memory.name), "rb") as f:
+            drop(f.fileno())
+            for start, length in data_spans(f.fileno(), memory.data_end):
+                read_by_small_pages(f.fileno(), start, length)
     with small_pages(local.folder) as images:
         hotstart.restore(local.manifest.name, name=replica, recorder=recorder, images=images)
     hotstart.remove(replica, force=True)
-    return recorder.working_set(local)
+    working_set = recorder.working_set(local)
+    for memory in local.manifest.memory:
+        with (
+            open(local.memory_path(memory.name), "rb") as f,
+            mapped(f.fileno(), memory.data_end) as data,
+        ):
+            drop(f.fileno())
+            populate(data, data_spans(f.fileno(), memory.data_end))
+    return working_set
 
 
 def restore_and_time(hotstart: Hotstart, local: LocalSnapshot, replica: str) -> RecordedRestore:

@@ -8,7 +8,8 @@
  *
  * A program of its own: it goes on when the command that started it has ended, and Python holds its interpreter lock in
  * madvise(2). Memory files are mapped, advised MADV_HUGEPAGE and populated: of several ways tried on ext4 (Linux 6.18) that is
- * the one that fills the page cache with folios of 2 MiB, which replicas then map by one page table entry each.
+ * the one that fills the page cache with folios of 2 MiB, which replicas then map by one page table entry each. Spans of less
+ * than half of that are read by themselves.
  *
  * It detaches itself at once. With -w it does not, and says how much it read before `idle`, in which time: "BYTES SECONDS".
  * Advice only: a file that is gone or shorter is passed over.
@@ -142,7 +143,10 @@ static void *work(void *nothing)
 		}
 		char *start = piece.file->start + piece.offset;
 		uintptr_t page = (uintptr_t)start & 4095;
-		madvise(start - page, piece.length + page, MADV_POPULATE_READ);
+		if (piece.length < PIECE / 2) /* not worth a whole folio */
+			posix_fadvise(piece.file->fd, (off_t)piece.offset, (off_t)piece.length, POSIX_FADV_WILLNEED);
+		else
+			madvise(start - page, piece.length + page, MADV_POPULATE_READ);
 		done(&piece);
 	}
 	return 0;

@@ -7,7 +7,6 @@ not is verified by digest, sealed anew if it is right, and refused if it is not.
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +39,6 @@ PULLED = ".pulled"
 RECORDED_ANEW = f".{WORKING_SET}"
 _PULL_IS_KEPT_S = 86400.0
 _SWEEP_HOLDS_S = 0.1  # how long a sweep may hold a lock, to see that nobody does
-Populate = Callable[[mmap.mmap, list[tuple[int, int]]], None]
 
 
 class LocalSnapshot(Struct):
@@ -199,13 +197,6 @@ class LocalSnapshot(Struct):
         self.check()
         for memory_id in dict.fromkeys(m.name.partition("/")[0] for m in self.manifest.memory):
             self.memory.spill(memory_id, progress)
-
-    def populate_memory(self, populate: Populate) -> None:
-        """Bring the memory files on the disk into the page cache."""
-        self.spill()
-        for memory in self.manifest.memory:
-            with open(self.memory_path(memory.name), "rb") as f, mapped(f.fileno(), memory.data_end) as data:
-                populate(data, data_spans(f.fileno(), memory.data_end))
 
     def digest_memory(self, progress: Progress, working_set: WorkingSet | None = None) -> None:
         """Digest the memory files on the disk and write their indexes. Only seals vouched until now.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Sequence
 
 _SYS_CACHESTAT = 451  # on every architecture
@@ -26,6 +27,20 @@ def resident_bytes(fd: int, spans: Sequence[tuple[int, int]]) -> int | None:
             return None
         there += min(length, found[0] * mmap.PAGESIZE)
     return there
+
+
+def read_by_small_pages(fd: int, offset: int, length: int) -> None:
+    """Read a span of a file into the page cache by single pages: POSIX_FADV_WILLNEED makes no large folios (mm/readahead.c).
+
+    What is there already stays as it is.
+    """
+    for start in range(offset, offset + length, _STEP):
+        os.posix_fadvise(fd, start, min(_STEP, offset + length - start), os.POSIX_FADV_WILLNEED)
+
+
+def drop(fd: int) -> None:
+    """Take a file that is on the disk out of the page cache, as far as nobody has it mapped."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def populate(memory: mmap.mmap, extents: list[tuple[int, int]]) -> None:
