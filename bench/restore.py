@@ -20,7 +20,7 @@ from statistics import median
 from threading import Barrier, Thread
 from unittest import mock
 
-from msgspec import Struct, json, to_builtins
+from msgspec import Struct, json
 
 from bench import device, report, workers
 from bench.figures import (
@@ -294,9 +294,8 @@ def working_set_bytes(local: LocalSnapshot) -> int | None:
 
 
 def _arrived_part(receipt: Receipt) -> float:
-    """Which part of a snapshot's bytes had arrived at the first answer: all, unless the receipt tells otherwise."""
-    told = to_builtins(receipt).get("arrived_part")
-    return 1.0 if told is None else float(told)
+    """Which part of a snapshot's memory had arrived at the first answer: all, if it was laid out first."""
+    return receipt.streamed.arrived_bytes / receipt.streamed.total_bytes if receipt.streamed else 1.0
 
 
 # ---- asking
