@@ -191,8 +191,15 @@ class RestoringReplicas:
         threads = [Thread(target=self._finish, args=(i,)) for i in range(len(self._replicas))]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # interrupted: they wait for what must end first
+            for replica in self._replicas:
+                replica.running.end()
+            for thread in threads:
+                thread.join()
+            raise
 
     def _finish(self, i: int) -> None:
         replica, manifest = self._replicas[i], self._local.manifest

@@ -69,6 +69,9 @@ class Sandbox(Protocol):
     def commit(self) -> None:
         """Let it outlive this process."""
 
+    def end(self) -> None:
+        """Let every process in it end, as if the caller had died; safe while another thread waits for it."""
+
     def kill(self) -> None:
         """End every process in it and wait until they are gone."""
 

@@ -139,6 +139,12 @@ class LinuxSandbox:
             os.write(self._lifeline, b"c")
         self._close()
 
+    def end(self) -> None:
+        """Let every process in it end, as if we had died; another thread may be waiting for it."""
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
     def kill(self) -> None:
         """End every process in it and wait until they are gone."""
         if not self.init_pid:
