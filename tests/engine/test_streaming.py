@@ -251,6 +251,22 @@ def test_without_fuse_all_of_it_is_laid_out_first_and_the_plan_says_why(here, ri
     assert checksum(here, replica.name) == right
 
 
+def test_a_snapshot_without_memory_files_is_laid_out_first_and_its_replicas_stay(made, tmp_path, monkeypatch):
+    h, store = made
+    take_snapshot(h, "plain", tiny_worker(), SnapshotOptions(warmup=PING, fold=False), time.monotonic(), Progressing())
+    push_snapshot(h, "plain", str(store), Progressing())
+    monkeypatch.setenv("HOTSTART_REMOTE", str(store))
+    elsewhere = Hotstart(home=str(tmp_path / "home"), run=str(tmp_path / "run"))
+    elsewhere.store.keyring.trust(h.store.keyring.signer().key)
+    (replica,) = elsewhere.restore("plain")
+    try:
+        assert replica.receipt.strategy == "copied"
+        wait_until(lambda: not streamers(elsewhere))
+        assert checksum(elsewhere, replica.name)
+    finally:
+        elsewhere.remove(replica.name, force=True)
+
+
 @pytest.mark.long
 def test_a_streamed_replica_can_be_checkpointed_once_all_is_here(here, right):
     (replica,) = here.restore("snap")

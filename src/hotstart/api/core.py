@@ -383,8 +383,10 @@ class Hotstart:
             note(f"{e}: all of the snapshot is laid out first")
             return self.local_snapshot(name, progress, note), None
         if isinstance(found, Stream):
-            stack.callback(found.close)
-            return found.snapshot, found
+            if found.snapshot.manifest.memory:
+                stack.callback(found.close)
+                return found.snapshot, found
+            found.close()  # all of it is in CRIU's images, which must be here first
         return self.local_snapshot(name, progress, note), None
 
     # ---- shared by both
