@@ -105,7 +105,7 @@ def _runs(pid: str, program: str) -> bool:
 
 
 def bring_in(paths: Iterable[Path]) -> None:
-    """Bring the data of files into the page cache, as far as it is not there."""
+    """Bring the data of files into the page cache, as far as it is not there, and touch it once."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -118,7 +118,13 @@ def bring_in(paths: Iterable[Path]) -> None:
 
 def _populate(path: Path, end: int) -> None:
     with open(path, "rb") as f, mmap.mmap(f.fileno(), end, prot=mmap.PROT_READ) as memory:
-        populate(memory, data_spans(f.fileno(), end))
+        spans = data_spans(f.fileno(), end)
+        populate(memory, spans)
+        for (
+            start,
+            length,
+        ) in spans:  # a virtual machine takes long for the first touch of what the disk has put into memory
+            bytes(memory[start : start + length : _PAGE])
 
 
 def _resident(fd: int) -> tuple[int, int]:

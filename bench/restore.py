@@ -421,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Hotstart().require_privileges()
     measure_read_bandwidth(Hotstart().home)
     options.out.mkdir(parents=True, exist_ok=True)
+    written = options.out / "restore.json"
     with ExitStack() as stack:
         stored = None
         if options.s3_up_to >= options.sizes[0]:
@@ -429,12 +430,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with ExitStack() as of_size:
                 suite = Suite(workers.WORKERS[options.worker](gib), gib, of_size, progress)
                 sizes.append(measure(suite, counts, options.rounds, s3=stored if gib <= options.s3_up_to else None))
+            figures = RestoreFigures(
+                options.worker, CLOCK, options.rounds, time.monotonic() - began, machine(), sizes, targets_of(sizes)
+            )
+            written.write_bytes(json.format(json.encode(figures)) + b"\n")  # whatever becomes of the next size
     progress.close()
-    figures = RestoreFigures(
-        options.worker, CLOCK, options.rounds, time.monotonic() - began, machine(), sizes, targets_of(sizes)
-    )
-    written = options.out / "restore.json"
-    written.write_bytes(json.format(json.encode(figures)) + b"\n")
     report.print_blocks(report.restore_blocks(figures))
     pictured = report.draw_restore(figures, written.with_suffix(".png"))
     print(

@@ -220,6 +220,14 @@ def test_reading_ahead_is_given_up_where_it_measured_slower(history, prefetch):
     assert make_plan(a_manifest(), cold(history=history)).prefetch is prefetch
 
 
+def test_images_that_must_be_read_delay_the_resume():
+    plan = make_plan(a_manifest(), a_node(images_missing=600 * MIB, read_bandwidth=300.0 * MIB))
+    assert plan.predicted_resumed_s == pytest.approx(2.031)
+    assert plan.predicted_first_answer_s == pytest.approx(2.125)
+    unknown = make_plan(a_manifest(), a_node(images_missing=600 * MIB, read_bandwidth=None))
+    assert unknown.predicted_resumed_s is None
+
+
 def test_the_rest_follows_only_where_memory_is_plentiful():
     assert make_plan(a_manifest(), cold()).read_ahead
     assert not make_plan(a_manifest(), cold(free_memory_bytes=23 * MIB)).read_ahead

@@ -324,15 +324,15 @@ def _older_memory(hotstart_: Hotstart, state: SandboxState, names: set[str]) -> 
 
 
 def _try_and_record(hotstart_: Hotstart, local: LocalSnapshot, trial: str, progressing: Progressing) -> LocalSnapshot:
-    """Bring the memory to the disk, restore twice, digest: what is kept is known to work, what it touches, how long it takes."""
+    """Bring the memory to the disk, try it, digest it, time it: what is kept is known to work, what it touches, how long it takes."""
     progressing.stage("writing to the disk")
     local.spill(progressing.measured(local.manifest.data_bytes))
     progressing.stage("trying it")
     working_set = restore_and_watch(hotstart_, local, trial)
-    recorded = restore_and_time(hotstart_, local, trial)
     progressing.stage("digesting")
     local.digest_memory(progressing.measured(local.manifest.data_bytes), working_set)
-    local.record(recorded, working_set)
+    # Not before: a virtual machine takes seconds for the first touch of what was read from the disk, and digesting touches all.
+    local.record(restore_and_time(hotstart_, local, trial), working_set)
     return local
 
 

@@ -54,6 +54,7 @@ class NodeFacts(Struct, frozen=True):
     files: Mapping[str, FileFact | None]
     local: bool
     cores: int = 1
+    images_missing: int = 0
     working_set: WorkingSetFacts = WorkingSetFacts()
     no_userfaultfd: str | None = None
     no_streaming: str = ""
@@ -173,15 +174,19 @@ def _predict(manifest: Manifest, node: NodeFacts, missing: int, replicas: int) -
     if not node.local:
         return None, None
     lacking = missing if node.working_set.missing_bytes is None else node.working_set.missing_bytes
-    if recorded is None or (lacking and not node.read_bandwidth):
+    if recorded is None or (lacking + node.images_missing and not node.read_bandwidth):
         return None, None
-    read_s = lacking / node.read_bandwidth if node.read_bandwidth else 0.0
+    bandwidth = node.read_bandwidth or 1.0
+    read_s, images_s = (
+        lacking / bandwidth,
+        node.images_missing / bandwidth,
+    )  # CRIU reads these before it resumes anything
     crowd = max(1.0, replicas / node.cores)
-    resumed = recorded.resumed_s * crowd
+    resumed = recorded.resumed_s * crowd + images_s
     if recorded.first_answer_s is None:
         return resumed, None
     busy = (recorded.cpu_s or 0.0) * replicas / node.cores
-    return resumed, max(recorded.first_answer_s, busy) + read_s
+    return resumed, max(recorded.first_answer_s, busy) + images_s + read_s
 
 
 def _process_plans(manifest: Manifest, node: NodeFacts) -> list[ProcessPlan]:
