@@ -9,6 +9,7 @@ from hotstart.api import Hotstart
 from hotstart.api.capturing import SnapshotOptions
 from hotstart.api.prefetching import working_set_facts
 from hotstart.api.recording import record_anew
+from hotstart.errors import BadUsage
 from hotstart.snapshot.warmup import Request
 from tests.engine.conftest import tiny_warmup, tiny_worker
 
@@ -85,6 +86,21 @@ def test_recording_it_anew_changes_neither_the_snapshot_nor_its_digest(hotstart)
     assert hotstart.snapshots.open("warm").digest() == digest
     hotstart.snapshots.open("warm").check()
     assert hotstart.ps() == []
+
+
+def test_what_a_killed_recording_left_goes_with_the_next_sweep_and_nobody_records_beside_another(hotstart):
+    local = a_snapshot(hotstart)
+    os.mkdir(local.path(".trial-images"))
+    lock_fd = hotstart.snapshots.try_lock("warm")
+    with pytest.raises(BadUsage, match="another command works on snapshot warm"):
+        record_anew(hotstart, "warm")
+    hotstart.sweep()
+    assert os.path.exists(local.path(".trial-images"))
+    hotstart.snapshots.give_up_lock("warm", lock_fd)
+    hotstart.sweep()
+    assert not os.path.exists(local.path(".trial-images"))
+    record_anew(hotstart, "warm")
+    assert not os.path.exists(local.path(".trial-images"))
 
 
 def test_without_an_oracle_it_is_what_the_resume_touches(hotstart):

@@ -220,6 +220,11 @@ def test_reading_ahead_is_given_up_where_it_measured_slower(history, prefetch):
     assert make_plan(a_manifest(), cold(history=history)).prefetch is prefetch
 
 
+def test_the_first_answer_of_a_warm_machine_gives_no_advice_to_record():
+    plan = make_plan(a_manifest(), a_node(working_set=WorkingSetFacts(missing_bytes=0)))
+    assert plan.prefetch_reason == "the working set is in the page cache"
+
+
 def test_images_that_must_be_read_delay_the_resume():
     plan = make_plan(a_manifest(), a_node(images_missing=600 * MIB, read_bandwidth=300.0 * MIB))
     assert plan.predicted_resumed_s == pytest.approx(2.031)

@@ -290,7 +290,7 @@ class Hotstart:
                 there = resident_bytes(f.fileno(), [(0, memory.data_end)])  # holes that were read count, too
                 resident[memory.name] = None if there is None else min(there, memory.data_bytes)
         local = manifest.name in self.snapshots.names()
-        cold = WorkingSetFacts()
+        cold = WorkingSetFacts(missing_bytes=0)
         if local and any(resident.get(m.name) != m.data_bytes for m in manifest.memory):
             from hotstart.api.prefetching import working_set_facts
 

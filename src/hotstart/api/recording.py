@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,14 @@ from hotstart.adapters.linux.pagecache import drop, populate, read_by_small_page
 from hotstart.adapters.linux.procfs import cpu_seconds, tree
 from hotstart.adapters.linux.touched import touched_spans
 from hotstart.api.prefetching import forget_cold_restores
-from hotstart.errors import NotFound
+from hotstart.errors import BadUsage, NotFound
 from hotstart.restore.execute import Asker
 from hotstart.snapshot.layout import MEMORY_FOLDER
 from hotstart.snapshot.manifest import Manifest, RecordedRestore
 from hotstart.snapshot.warmup import Answer, Request
 from hotstart.snapshot.workingset import Span, TouchedBlocks, WorkingSet, only_data
 from hotstart.store.digesting import data_spans, mapped
-from hotstart.store.local import LocalSnapshot
+from hotstart.store.local import TRIAL_IMAGES, LocalSnapshot
 
 if TYPE_CHECKING:
     from hotstart.api.core import Hotstart
@@ -36,14 +36,17 @@ def restore_and_watch(hotstart: Hotstart, local: LocalSnapshot, replica: str) ->
 
     Its memory is in the page cache, and mapped, by small pages: of a folio of 2 MiB the kernel maps all at the first touch.
     """
-    recorder = TouchRecorder(local.manifest)
+    recorder, images = TouchRecorder(local.manifest), local.path(TRIAL_IMAGES)
     for memory in local.manifest.memory:
         with open(local.memory_path(memory.name), "rb") as f:
             drop(f.fileno())
             for start, length in data_spans(f.fileno(), memory.data_end):
                 read_by_small_pages(f.fileno(), start, length)
-    with small_pages(local.folder) as images:
-        hotstart.restore(local.manifest.name, name=replica, recorder=recorder, images=images)
+    try:
+        link_for_small_pages(local.path("images"), images)
+        hotstart.restore(local.manifest.name, name=replica, recorder=recorder, images=TRIAL_IMAGES)
+    finally:
+        shutil.rmtree(images, ignore_errors=True)
     hotstart.remove(replica, force=True)
     working_set = recorder.working_set(local)
     for memory in local.manifest.memory:
@@ -65,28 +68,25 @@ def restore_and_time(hotstart: Hotstart, local: LocalSnapshot, replica: str) -> 
     return RecordedRestore(started.receipt.resumed_s, started.receipt.first_answer_s, cpu_s)
 
 
-@contextmanager
-def small_pages(folder: str) -> Iterator[str]:
-    """Give a folder, below a snapshot's, of images whose memory is mapped by small pages."""
-    name = f".images-{os.urandom(3).hex()}"
-    path = os.path.join(folder, name)
-    try:
-        link_for_small_pages(os.path.join(folder, "images"), path)
-        yield name
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def record_anew(hotstart: Hotstart, name: str) -> WorkingSet:
-    """Find a snapshot's working set out again, for this machine only: the snapshot itself stays what it is."""
+    """Find a snapshot's working set out again, for this machine only: the snapshot itself stays what it is.
+
+    Raises BadUsage while another command makes, pulls or records it.
+    """
+    hotstart.sweep()  # before the lock, which a sweep does not wait for
     local = hotstart.local_snapshot(name)
     trial = trial_name(name)
+    lock_fd = hotstart.snapshots.try_lock(name)
+    if lock_fd is None:
+        raise BadUsage(f"another command works on snapshot {name}: wait until it is done")
     try:
         working_set = restore_and_watch(hotstart, local, trial)
     except BaseException:
         with suppress(NotFound):
             hotstart.remove(trial, force=True)
         raise
+    finally:
+        hotstart.snapshots.give_up_lock(name, lock_fd)
     local.record_anew(working_set)
     forget_cold_restores(local)
     return working_set

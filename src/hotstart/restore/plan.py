@@ -11,7 +11,7 @@ from hotstart.snapshot.manifest import HostFingerprint, Manifest, NeededFile, Pr
 _WORTH_READING = 8 << 20  # bytes; a disk brings them in the time that a restore takes to begin
 _SUSPICIOUS = 2.0  # times as long as the disk alone
 _READ_AHEAD_LEAVES = 4  # free memory must be so many times what is read only because it may be needed later
-# Less than this is restored sooner by copying it first than by bringing pages as they are asked for (docs/benchmarks.md).
+# Less than this is restored sooner by copying it first than by bringing pages as they are asked for (docs/compatibility.md).
 LAZY_BYTES = 64 << 20
 _DIRTIED_PART = 20  # a replica's own memory was below 3 % of the worker in every engine measured; keep 5 % free
 
@@ -33,7 +33,8 @@ class ColdRestore(Struct, frozen=True):
 
 
 class WorkingSetFacts(Struct, frozen=True):
-    """The working set's size, what the page cache lacks of it (None: not known, or nobody needed to know), former cold restores."""
+    """The working set's size (None: not known, or nobody needed to know), what the page cache lacks of it (None: not known), former
+    cold restores."""
 
     size_bytes: int | None = None
     missing_bytes: int | None = None
@@ -167,8 +168,9 @@ def _slowness(node: NodeFacts, *, prefetched: bool) -> float | None:
 def _predict(manifest: Manifest, node: NodeFacts, missing: int, replicas: int) -> tuple[float | None, float | None]:
     """Seconds until resumed and until the first answer.
 
-    None where memory comes from a store: how fast that is nobody knows before. Else what the first restore took, or its processor time on the cores that there are if that is longer; and the time to read what the
-    page cache lacks, most of which passes while the replica waits for it.
+    None where memory comes from a store: how fast that is nobody knows before. Else what the first restore took, or its processor
+    time on the cores that there are if that is longer; and the time to read what the page cache lacks, most of which passes while
+    the replica waits for it. CRIU reads its images before it resumes anything.
     """
     recorded = manifest.recorded
     if not node.local:
@@ -177,10 +179,7 @@ def _predict(manifest: Manifest, node: NodeFacts, missing: int, replicas: int) -
     if recorded is None or (lacking + node.images_missing and not node.read_bandwidth):
         return None, None
     bandwidth = node.read_bandwidth or 1.0
-    read_s, images_s = (
-        lacking / bandwidth,
-        node.images_missing / bandwidth,
-    )  # CRIU reads these before it resumes anything
+    read_s, images_s = lacking / bandwidth, node.images_missing / bandwidth
     crowd = max(1.0, replicas / node.cores)
     resumed = recorded.resumed_s * crowd + images_s
     if recorded.first_answer_s is None:

@@ -36,6 +36,9 @@ SEALS = "seals.json"
 MAKING, STORING, STREAM = ".lock", ".storing", ".stream"
 USES = ".uses"
 PULLED = ".pulled"
+TRIAL_IMAGES = (
+    ".trial-images"  # CRIU's, while what a replica touches is found out; under the lock of who makes a snapshot
+)
 RECORDED_ANEW = f".{WORKING_SET}"
 _PULL_IS_KEPT_S = 86400.0
 _SWEEP_HOLDS_S = 0.1  # how long a sweep may hold a lock, to see that nobody does
@@ -380,8 +383,11 @@ class LocalSnapshots:
         live = live_memory_ids()
         try:
             for name in self.unattended():
-                if self.open(name).lost:
+                local = self.open(name)
+                if local.lost:
                     self.remove(name)
+                else:
+                    _remove_tree(local.path(TRIAL_IMAGES))
             kept = self.memory_files()
         except HotstartError:
             return  # a manifest that cannot be read may name any of them: keep them all

@@ -7,12 +7,11 @@ vma.proto): field 14 of it is an area, field 9 of that a mask of what madvise(2)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+
+from hotstart.adapters.criu.protobuf import VARINT, fields, record, varint
 
 _HEAD_BYTES = 12
 _AREAS, _ADVICE = 14, 9
-_VARINT, _BYTES = 0, 2
-_FIXED = {1: 8, 5: 4}
 _HUGEPAGE, _NOHUGEPAGE = 1 << 14, 1 << 15
 
 
@@ -35,64 +34,18 @@ def without_huge_pages(image: bytes) -> bytes:
     """Return an image in which areas that asked for huge pages ask for none; an image that is none as it is."""
     try:
         message = b"".join(
-            _record(field, _BYTES, _without_advice(value)) if field == _AREAS else raw
-            for field, value, raw in _fields(image[_HEAD_BYTES:])
+            record(_AREAS, _without_advice(image[f.value : f.end])) if f.number == _AREAS else image[f.begin : f.end]
+            for f in fields(image, _HEAD_BYTES)
         )
-    except (IndexError, KeyError):
+    except ValueError:
         return image  # CRIU says what is wrong with it
     return image[: _HEAD_BYTES - 4] + len(message).to_bytes(4, "little") + message
 
 
-def _without_advice(area: bytes | int) -> bytes:
-    assert isinstance(area, bytes)  # an area is a message
-    return b"".join(
-        _record(field, _VARINT, value ^ (_HUGEPAGE | _NOHUGEPAGE))
-        if field == _ADVICE and isinstance(value, int) and value & _HUGEPAGE
-        else raw
-        for field, value, raw in _fields(area)
-    )
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes | int, bytes]]:
-    """Give number, value and bytes of each field."""
-    at = 0
-    while at < len(message):
-        start = at
-        key, at = _varint(message, at)
-        kind = key & 7
-        value: bytes | int = b""
-        if kind == _VARINT:
-            value, at = _varint(message, at)
-        else:
-            length = _FIXED.get(kind, 0)
-            if kind == _BYTES:
-                length, at = _varint(message, at)
-            elif not length:
-                raise KeyError(kind)
-            value = message[at : at + length]
-            at += length
-        yield key >> 3, value, message[start:at]
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-
-
-def _record(field: int, kind: int, value: bytes | int) -> bytes:
-    key = _encoded(field << 3 | kind)
-    return key + (_encoded(value) if isinstance(value, int) else _encoded(len(value)) + value)
-
-
-def _encoded(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+def _without_advice(area: bytes) -> bytes:
+    found = bytearray()
+    for f in fields(area):
+        advice = varint(area, f.value)[0] if (f.number, f.kind) == (_ADVICE, VARINT) else 0
+        turned = record(_ADVICE, advice ^ (_HUGEPAGE | _NOHUGEPAGE))
+        found += turned if advice & _HUGEPAGE else area[f.begin : f.end]
+    return bytes(found)

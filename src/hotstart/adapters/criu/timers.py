@@ -8,11 +8,13 @@ given a nanosecond.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+
+from hotstart.adapters.criu.protobuf import fields
 
 _HEAD_BYTES = 8  # two magic numbers
 _FILE_TIMERFD = 12  # images/fdinfo.proto
 _VSEC, _VNSEC, _ISEC, _INSEC = 7, 8, 9, 10  # images/timerfd.proto
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def rearm_timers(path: str) -> int:
@@ -34,42 +36,17 @@ def _expired(data: bytearray) -> Iterator[int]:
     while at + 4 <= len(data):
         begin = at + 4
         at = begin + int.from_bytes(data[at:begin], "little")
-        for number, start, end in _fields(data, begin, at):
-            if number != _FILE_TIMERFD:
-                continue
-            timer = {n: (s, e) for n, s, e in _fields(data, start, end)}
-            if not all(n in timer for n in (_VSEC, _VNSEC, _ISEC, _INSEC)):
-                continue
-            zero = {n: not any(data[slice(*timer[n])]) for n in (_VSEC, _VNSEC, _ISEC, _INSEC)}
-            if zero[_VSEC] and zero[_VNSEC] and not (zero[_ISEC] and zero[_INSEC]):
-                yield timer[_VNSEC][0]
+        with suppress(ValueError):
+            yield from _expired_in(data, begin, at)
 
 
-def _fields(data: bytearray, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(number, begin, end) of the values in a protobuf message."""
-    end = min(end, len(data))
-    while at < end:
-        tag, at = _varint(data, at)
-        kind, begin = tag & 7, at
-        if kind == _VARINT:
-            _, at = _varint(data, at)
-        elif kind == _BYTES:
-            length, begin = _varint(data, at)
-            at = begin + length
-        elif kind in (_FIXED64, _FIXED32):
-            at += 8 if kind == _FIXED64 else 4
-        else:
-            return
-        yield tag >> 3, begin, at
-
-
-def _varint(data: bytearray, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(data):
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            break
-    return value, at
+def _expired_in(data: bytearray, begin: int, end: int) -> Iterator[int]:
+    for field in fields(data, begin, end):
+        if field.number != _FILE_TIMERFD:
+            continue
+        timer = {f.number: (f.value, f.end) for f in fields(data, field.value, field.end)}
+        if not all(n in timer for n in (_VSEC, _VNSEC, _ISEC, _INSEC)):
+            continue
+        zero = {n: not any(data[slice(*timer[n])]) for n in (_VSEC, _VNSEC, _ISEC, _INSEC)}
+        if zero[_VSEC] and zero[_VNSEC] and not (zero[_ISEC] and zero[_INSEC]):
+            yield timer[_VNSEC][0]
