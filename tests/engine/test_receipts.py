@@ -80,12 +80,12 @@ def test_several_replicas_are_each_covered_by_their_stages(hotstart):
     for replica in hotstart.restore("snap", 3):
         receipt = replica.receipt
         assert sum(receipt.stages.values()) == pytest.approx(receipt.total_s)
-        assert receipt.stages["unaccounted"] < 0.3 * receipt.total_s
+        assert receipt.stages["unaccounted"] < 0.5 * receipt.total_s
 
 
 @pytest.mark.usefixtures("stamping")
 def test_time_that_is_lost_between_two_stages_is_unaccounted(hotstart, monkeypatch):
-    monkeypatch.setattr(RestoringReplicas, "__enter__", lambda self: time.sleep(0.3) or self)
+    monkeypatch.setattr(RestoringReplicas, "__enter__", lambda self: time.sleep(2) or self)
     (replica,) = hotstart.restore("snap")
-    assert 0.3 <= replica.receipt.stages["unaccounted"] < replica.receipt.total_s
-    assert max(seconds for name, seconds in replica.receipt.stages.items() if name != "unaccounted") < 0.3
+    assert 2 <= replica.receipt.stages["unaccounted"] < replica.receipt.total_s
+    assert max(seconds for name, seconds in replica.receipt.stages.items() if name != "unaccounted") < 2

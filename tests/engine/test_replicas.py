@@ -231,9 +231,13 @@ def test_a_wrong_answer_is_no_replica(hotstart):
 
 def test_receipts_stages_add_up_to_the_whole(hotstart):
     take(hotstart)
-    receipt = hotstart.restore("snap")[0].receipt
-    assert sum(receipt.stages.values()) == pytest.approx(receipt.total_s)
-    assert receipt.stages["unaccounted"] <= 0.05 * receipt.total_s
+    for _ in range(3):  # a machine that is overloaded may stop us anywhere
+        receipt = hotstart.restore("snap")[0].receipt
+        assert sum(receipt.stages.values()) == pytest.approx(receipt.total_s)
+        if receipt.stages["unaccounted"] <= 0.05 * receipt.total_s:
+            break
+    else:
+        pytest.fail(f"{receipt}")
 
 
 def test_a_plain_dump_is_restored_by_copying(hotstart):

@@ -3,13 +3,14 @@
 import os
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from hotstart.errors import BadUsage, Damaged, NotFound, Refused
 from hotstart.snapshot.workingset import Span, WorkingSet
 from hotstart.store import local as local_store
-from hotstart.store.local import LocalSnapshots
+from hotstart.store.local import LocalSnapshot, LocalSnapshots
 from tests.samples import a_manifest
 from tests.store.samples import DATA_END, MIB, PAGE, TAIL, contents_of, data_bytes_of, files_of, make_local, tree_of
 
@@ -292,6 +293,31 @@ def test_a_digesting_killed_at_any_step_leaves_a_good_snapshot_that_can_be_diges
     opened(tmp_path).check()
     opened(tmp_path).verify()
     assert opened(tmp_path).digested
+
+
+def test_who_finds_a_file_touched_while_the_manifest_is_replaced_leaves_the_seals_of_the_new_one(tmp_path, monkeypatch):
+    local = make_local(tmp_path, digested=False)
+    behind = opened(tmp_path)
+    os.utime(local.path(local.manifest.files[0].path))
+
+    def verify_slowly(self, only, verify=LocalSnapshot.verify):
+        verify(self, only)
+        if self is local:
+            behind.digest_memory(lambda _: None)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(LocalSnapshot, "verify", verify_slowly)
+        local.check()
+    assert opened(tmp_path).digested
+    opened(tmp_path).check()
+
+
+def test_many_may_seal_at_once(tmp_path):
+    make_local(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(opened(tmp_path).seal) for _ in range(200)]:
+            done.result()
+    opened(tmp_path).check()
 
 
 def test_an_interrupted_digesting_is_quiet_and_leaves_a_good_snapshot(tmp_path):

@@ -126,15 +126,29 @@ class LocalSnapshot(Struct):
         """
         seals: dict[str, object] = {name: identity(path) for name, path in self._sealed_paths()}
         seals["digests"] = [d for d in (self.digest(), former_digest) if d]
-        write_durably(self.path(SEALS), json.encode(seals))
+        with self._sealing():
+            write_durably(self.path(SEALS), json.encode(seals))
+
+    def _read_seals(self) -> dict[str, list[int | str]]:
+        try:
+            with open(self.path(SEALS), "rb") as f:
+                return json.decode(f.read(), type=dict[str, list[int | str]])
+        except (OSError, MsgspecError, UnicodeDecodeError):
+            return {}
+
+    @contextmanager
+    def _sealing(self) -> Iterator[None]:
+        """Keep others from writing seals: a restore, a verify and who digests the memory behind may all do so at once."""
+        fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
 
     def check(self) -> None:
         """Make sure that nothing changed since it was sealed; verify what did. Raises Damaged."""
-        try:
-            with open(self.path(SEALS), "rb") as f:
-                seals = json.decode(f.read(), type=dict[str, list[int | str]])
-        except (OSError, MsgspecError, UnicodeDecodeError):
-            seals = {}
+        seals = self._read_seals()
         if self.digest() not in (seals.get("digests") or []):
             raise Damaged(f"the manifest of snapshot {self.manifest.name} was changed: {_advice(self.manifest.name)}")
         if self.lost:
@@ -143,7 +157,10 @@ class LocalSnapshot(Struct):
         if not changed:
             return
         self.verify(only=frozenset(changed))
-        self.seal()
+        with self._sealing():
+            # Another manifest may have taken the place of ours meanwhile: what vouches for it stays.
+            anew = {name: identity(path) for name, path in self._sealed_paths() if name in changed}
+            write_durably(self.path(SEALS), json.encode({**self._read_seals(), **anew}))
 
     def _is_as_sealed(self, name: str, path: str, sealed: object) -> bool:
         now = identity(path)
