@@ -51,7 +51,7 @@ def victim(bench):
 
 # What is remembered beside snapshots and is no part of any: how often one ran, what the machine's libraries are like, which file
 # on the disk is the copy of which one in RAM (believed only together with the seal).
-REMEMBERED = {".uses", ".cold-restores", ".spilled", "raw-callers.json", "node.json"}
+REMEMBERED = {".uses", ".restores", ".spilled", "raw-callers.json", "node.json"}
 
 
 def one_of_each_kind(folder):

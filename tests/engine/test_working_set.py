@@ -7,6 +7,7 @@ import pytest
 
 from hotstart.api import Hotstart
 from hotstart.api.capturing import SnapshotOptions
+from hotstart.api.history import past_restores
 from hotstart.api.prefetching import working_set_facts
 from hotstart.api.recording import record_anew
 from hotstart.errors import BadUsage
@@ -101,6 +102,26 @@ def test_what_a_killed_recording_left_goes_with_the_next_sweep_and_nobody_record
     assert not os.path.exists(local.path(".trial-images"))
     record_anew(hotstart, "warm")
     assert not os.path.exists(local.path(".trial-images"))
+
+
+def test_the_next_plan_predicts_with_what_restores_took_here(hotstart):
+    local = a_snapshot(hotstart)
+    (first,) = hotstart.restore("warm")
+    hotstart.restore("warm", 3)
+    *_, one, three = past_restores(local.folder)
+    assert (one.replicas, three.replicas) == (1, 3)
+    assert (
+        one.first_answer_s
+        == first.receipt.first_answer_s
+        > one.resumed_s
+        == first.receipt.resumed_s
+        > one.planned_s
+        > 0
+    )
+    predicted = hotstart.plan("warm", 3).predicted_first_answer_s
+    assert predicted >= three.first_answer_s - three.planned_s
+    record_anew(hotstart, "warm")
+    assert past_restores(local.folder) == ()
 
 
 def test_without_an_oracle_it_is_what_the_resume_touches(hotstart):

@@ -3,7 +3,7 @@
 import pytest
 from msgspec import structs
 
-from hotstart.restore.plan import LAZY_BYTES, ColdRestore, FileFact, NodeFacts, WorkingSetFacts, make_plan, refusals
+from hotstart.restore.plan import LAZY_BYTES, FileFact, NodeFacts, PastRestore, WorkingSetFacts, make_plan, refusals
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, NeededFile, Process, RecordedRestore
 from tests.samples import HOST, LIBRARY, a_manifest
 
@@ -175,6 +175,45 @@ def test_more_replicas_than_cores_wait_for_the_cores():
     assert many.predicted_first_answer_s == pytest.approx(0.1 * 16 / 2)
 
 
+def past(replicas=1, first_answer_s=0.125, *, planned_s=0.0, missing=0, resumed_s=0.03):
+    return PastRestore(replicas, missing, False, planned_s, resumed_s, first_answer_s)
+
+
+def predicted(replicas=1, *history, **changes):
+    return make_plan(a_manifest(), a_node(cores=2, history=history, **changes), replicas).predicted_first_answer_s
+
+
+def test_what_restores_took_here_lately_is_expected_of_the_next():
+    assert predicted(1) == 0.125
+    assert predicted(1, past(first_answer_s=0.5)) == 0.5
+    assert predicted(1, past(first_answer_s=9.0), past(first_answer_s=0.5), past(first_answer_s=0.4)) == 0.5
+    assert predicted(1, *[past(first_answer_s=9.0)] * 20, *[past(first_answer_s=0.5)] * 3) == 0.5
+    assert predicted(1, past(first_answer_s=9.0, missing=600 * MIB)) == 0.125  # it had to read
+
+
+def test_what_passed_before_the_plan_is_a_part_of_it_and_of_no_other():
+    assert predicted(1, past(first_answer_s=0.75, planned_s=0.25)) == 0.5
+    assert predicted(1, past(first_answer_s=0.75, planned_s=0.25), planned_s=0.125) == 0.625
+    plan = make_plan(a_manifest(), a_node(planned_s=0.5))
+    assert plan.predicted_resumed_s == 0.5 + 0.031
+
+
+def test_as_many_at_once_as_before_take_as_long_and_more_of_them_longer():
+    crowds = past(16, 2.0), past(4, 0.75), past(16, 1.0), past(16, 1.5)
+    assert predicted(16, *crowds) == 1.5
+    assert predicted(32, *crowds) == 3.0
+    assert predicted(4, *crowds) == 0.75
+    assert predicted(2, *crowds, past(first_answer_s=0.6)) == 0.6  # never sooner than one alone
+    assert predicted(1, *crowds) == 0.125
+
+
+def test_restores_that_nobody_waited_for_tell_the_resume_only():
+    plan = make_plan(a_manifest(recorded=None), a_node(history=(past(first_answer_s=None, resumed_s=0.0625),)))
+    assert (plan.predicted_resumed_s, plan.predicted_first_answer_s) == (0.0625, None)
+    plan = make_plan(a_manifest(recorded=None), a_node(history=(past(8, None, resumed_s=0.25),)), 8)
+    assert (plan.predicted_resumed_s, plan.predicted_first_answer_s) == (0.25, None)
+
+
 # ---- the working set
 
 
@@ -182,13 +221,15 @@ def cold(missing=600 * MIB, history=(), **changes):
     return a_node(
         resident={MEMORY: 0},
         read_bandwidth=300.0 * MIB,
-        working_set=WorkingSetFacts(900 * MIB, missing, tuple(history)),
+        working_set=WorkingSetFacts(900 * MIB, missing),
+        history=tuple(history),
         **changes,
     )
 
 
 def took(prefetched, times_the_disk, missing=600 * MIB):
-    return ColdRestore(prefetched, missing, times_the_disk * missing / (300 * MIB))
+    """A restore of one replica that took so much longer than the 0.125 s of a warm one; its command took 0.25 s to begin."""
+    return PastRestore(1, missing, prefetched, 0.25, 0.3, 0.25 + 0.125 + times_the_disk * missing / (300 * MIB))
 
 
 def test_what_the_page_cache_lacks_of_the_working_set_is_read_ahead_and_only_that_is_waited_for():

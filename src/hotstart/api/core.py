@@ -17,6 +17,7 @@ from hotstart.adapters.linux.procfs import memory_bytes, tree
 from hotstart.adapters.linux.ramfolder import RamFolder
 from hotstart.adapters.linux.runfolder import RunFolder, RunFolders, SandboxState
 from hotstart.adapters.linux.sandbox import kill_init
+from hotstart.api.history import note_restore, past_restores
 from hotstart.api.ports import Publish
 from hotstart.api.restoring import KDAT, RestoringReplicas, Started
 from hotstart.api.starting import StartingWorker, last_words, printable
@@ -272,11 +273,12 @@ class Hotstart:
 
     def plan(self, name: str, replicas: int = 1) -> Plan:
         """Say what a restore of a snapshot would do here."""
+        asked = time.monotonic() if self._clock_start is None else self._clock_start
         manifest = self.manifest(name)
-        return make_plan(manifest, self.node_facts(manifest), replicas)
+        return make_plan(manifest, self.node_facts(manifest, asked), replicas)
 
-    def node_facts(self, manifest: Manifest) -> NodeFacts:
-        """Gather what a plan needs to know of this machine."""
+    def node_facts(self, manifest: Manifest, asked: float) -> NodeFacts:
+        """Gather what a plan needs to know of this machine; a restore was asked for at CLOCK_MONOTONIC second `asked`."""
         from hotstart.adapters.linux.host import file_facts, free_memory_bytes, host_fingerprint, why_no_userfaultfd
         from hotstart.adapters.linux.node import read_bandwidth
         from hotstart.adapters.linux.pagecache import resident_bytes
@@ -305,6 +307,8 @@ class Hotstart:
             cores=len(os.sched_getaffinity(0)),
             images_missing=self._images_missing(manifest) if local else 0,
             working_set=cold,
+            planned_s=time.monotonic() - asked,
+            history=past_restores(os.path.join(self.snapshots.root, manifest.name)) if local else (),
             no_userfaultfd=why_no_userfaultfd()
             if any(p.strategy == "userfaultfd" for p in manifest.processes)
             else None,
@@ -360,7 +364,8 @@ class Hotstart:
         self.require_privileges()
         with ExitStack() as stack:
             local, stream = self._local_or_streamed(snapshot, stack, note, progress)
-            plan = make_plan(local.manifest, self.node_facts(local.manifest), replicas)
+            facts = self.node_facts(local.manifest, asked)
+            plan = make_plan(local.manifest, facts, replicas)
             if plan.refusals:
                 raise Refused(f"snapshot {snapshot} cannot be restored here: {'; '.join(plan.refusals)}")
             measured = {**(spans or {}), "check": (began, time.monotonic())}
@@ -375,10 +380,8 @@ class Hotstart:
                 self, local, plan, environment or {}, recorder, stream, images, wait=wait
             ) as restoring:
                 started = restoring.start(replicas, name, publish, asked, measured)
-            if plan.working_set_missing:
-                from hotstart.api.prefetching import note_cold_restore
-
-                note_cold_restore(local, started[0].receipt)
+            if facts.local and not recorder:
+                note_restore(local.folder, plan, facts.planned_s, [r.receipt for r in started])
             local.note_use()
         self.sweep()  # not before: it reads every manifest, and the clock was running
         return started

@@ -1,24 +1,17 @@
-"""The working set comes into the page cache while replicas are being restored; what that gained is remembered."""
+"""The working set comes into the page cache while replicas are being restored."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-
-from msgspec import MsgspecError, json
 
 from hotstart.adapters.linux.pagecache import resident_bytes
 from hotstart.adapters.linux.prefetch import start_prefetch
-from hotstart.restore.plan import ColdRestore, Plan, WorkingSetFacts
-from hotstart.restore.receipt import Receipt, Span
+from hotstart.restore.plan import Plan, WorkingSetFacts
+from hotstart.restore.receipt import Span
 from hotstart.snapshot import workingset
 from hotstart.store.digesting import data_spans
 from hotstart.store.local import LocalSnapshot
-
-_HISTORY = ".cold-restores"
-_REMEMBERED = 16
 
 
 def working_set_facts(local: LocalSnapshot) -> WorkingSetFacts:
@@ -39,7 +32,7 @@ def working_set_facts(local: LocalSnapshot) -> WorkingSetFacts:
         if there is None:
             return WorkingSetFacts(working_set.memory_bytes)
         missing += sum(length for _, length in spans) - there
-    return WorkingSetFacts(working_set.memory_bytes, missing, _history(local))
+    return WorkingSetFacts(working_set.memory_bytes, missing)
 
 
 def prefetch(local: LocalSnapshot, plan: Plan) -> Span:
@@ -75,29 +68,3 @@ def _rest(local: LocalSnapshot) -> Iterator[tuple[str, int, int]]:
             spans = data_spans(f.fileno(), memory.data_end)
         for offset, length in spans:
             yield path, offset, length
-
-
-def note_cold_restore(local: LocalSnapshot, receipt: Receipt) -> None:
-    """Remember what a restore took whose page cache lacked a part of the working set: the next plan looks at it."""
-    recorded = local.manifest.recorded
-    if not receipt.working_set_missing or receipt.first_answer_s is None or not recorded or not recorded.first_answer_s:
-        return
-    beyond = max(0.0, receipt.first_answer_s - recorded.first_answer_s)
-    cold = (*_history(local), ColdRestore(receipt.prefetched, receipt.working_set_missing, beyond))[-_REMEMBERED:]
-    path = local.path(_HISTORY)
-    with suppress(OSError):
-        with open(f"{path}.aside", "wb") as f:
-            f.write(json.encode(cold))
-        os.replace(f"{path}.aside", path)
-
-
-def forget_cold_restores(local: LocalSnapshot) -> None:
-    """Begin to compare anew."""
-    with suppress(FileNotFoundError):
-        os.unlink(local.path(_HISTORY))
-
-
-def _history(local: LocalSnapshot) -> tuple[ColdRestore, ...]:
-    with suppress(OSError, MsgspecError), open(local.path(_HISTORY), "rb") as f:
-        return json.decode(f.read(), type=tuple[ColdRestore, ...])
-    return ()

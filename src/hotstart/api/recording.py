@@ -14,7 +14,7 @@ from hotstart.adapters.criu.images import link_for_small_pages
 from hotstart.adapters.linux.pagecache import drop, populate, read_by_small_pages
 from hotstart.adapters.linux.procfs import cpu_seconds, tree
 from hotstart.adapters.linux.touched import touched_spans
-from hotstart.api.prefetching import forget_cold_restores
+from hotstart.api.history import forget_restores
 from hotstart.errors import BadUsage, NotFound
 from hotstart.restore.execute import Asker
 from hotstart.snapshot.layout import MEMORY_FOLDER
@@ -88,7 +88,7 @@ def record_anew(hotstart: Hotstart, name: str) -> WorkingSet:
     finally:
         hotstart.snapshots.give_up_lock(name, lock_fd)
     local.record_anew(working_set)
-    forget_cold_restores(local)
+    forget_restores(local.folder)
     return working_set
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hotstart.cli.common import as_plain, open_hotstart, parser, print_json, print_table, seconds, size
+from hotstart.cli.common import as_plain, open_hotstart, parser, print_json, print_table, process_start, seconds, size
 
 
 def main(arguments: list[str], _entered: float) -> int:
@@ -11,7 +11,7 @@ def main(arguments: list[str], _entered: float) -> int:
     p.add_argument("snapshot", metavar="SNAP")
     p.add_argument("--replicas", type=int, default=1, metavar="N", help="so many at once (default 1)")
     options = p.parse_args(arguments)
-    plan = open_hotstart().plan(options.snapshot, options.replicas)
+    plan = open_hotstart(process_start()).plan(options.snapshot, options.replicas)
     if options.json:
         print_json(as_plain(plan))
     else:

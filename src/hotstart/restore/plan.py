@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log
 
 from msgspec import Struct
 
@@ -11,6 +12,7 @@ from hotstart.snapshot.manifest import HostFingerprint, Manifest, NeededFile, Pr
 _WORTH_READING = 8 << 20  # bytes; a disk brings them in the time that a restore takes to begin
 _SUSPICIOUS = 2.0  # times as long as the disk alone
 _READ_AHEAD_LEAVES = 4  # free memory must be so many times what is read only because it may be needed later
+_LATELY = 5  # restores; the machine may have been another one before
 # Less than this is restored sooner by copying it first than by bringing pages as they are asked for (docs/compatibility.md).
 LAZY_BYTES = 64 << 20
 _DIRTIED_PART = 20  # a replica's own memory was below 3 % of the worker in every engine measured; keep 5 % free
@@ -24,26 +26,32 @@ class FileFact(Struct, frozen=True):
     is_elf: bool
 
 
-class ColdRestore(Struct, frozen=True):
-    """One restore whose page cache lacked `missing_bytes` of the working set: what it took beyond a warm one, in seconds."""
+class PastRestore(Struct, frozen=True):
+    """What one restore took on this machine: so many replicas, medians of them, in seconds.
 
-    prefetched: bool
+    `missing_bytes` is what the page cache lacked of the working set and of CRIU's images. `planned_s` passed before there was a
+    plan: a command's own start above all. `first_answer_s` is None if nobody waited for one.
+    """
+
+    replicas: int
     missing_bytes: int
-    beyond_warm_s: float
+    prefetched: bool
+    planned_s: float
+    resumed_s: float
+    first_answer_s: float | None
 
 
 class WorkingSetFacts(Struct, frozen=True):
-    """The working set's size (None: not known, or nobody needed to know), what the page cache lacks of it (None: not known), former
-    cold restores."""
+    """The working set's size (None: not known, or nobody needed to know), what the page cache lacks of it (None: not known)."""
 
     size_bytes: int | None = None
     missing_bytes: int | None = None
-    cold_restores: tuple[ColdRestore, ...] = ()
 
 
 class NodeFacts(Struct, frozen=True):
     """What a plan needs to know of this machine. Bandwidth in bytes per second; None: not measured yet.
 
+    `planned_s` passed since the restore was asked for; `history` is of this snapshot's restores, the latest last.
     `no_userfaultfd` says why pages cannot be brought as they are asked for, if so.
     `no_streaming` says why memory cannot be fetched while it is in use; empty if it can.
     """
@@ -57,6 +65,8 @@ class NodeFacts(Struct, frozen=True):
     cores: int = 1
     images_missing: int = 0
     working_set: WorkingSetFacts = WorkingSetFacts()
+    planned_s: float = 0.0
+    history: tuple[PastRestore, ...] = ()
     no_userfaultfd: str | None = None
     no_streaming: str = ""
 
@@ -77,7 +87,7 @@ class Plan(Struct, frozen=True):
     """What a restore will do. `refusals` are reasons why it must not be tried here; times in seconds, None: unknown.
 
     `prefetch` says whether the working set is read while the replicas are being restored, `read_ahead` whether all the rest of
-    the memory files follows when nothing else wants the disk. `missing_bytes` is what the page cache lacks of all.
+    the memory files follows when nothing else wants the disk. `missing_bytes` is what the page cache lacks of all, `images_missing` of CRIU's images.
     """
 
     snapshot: str
@@ -91,6 +101,7 @@ class Plan(Struct, frozen=True):
     prefetch: bool
     prefetch_reason: str
     read_ahead: bool
+    images_missing: int
     predicted_resumed_s: float | None
     predicted_first_answer_s: float | None
 
@@ -110,7 +121,7 @@ def make_plan(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> Plan:
     processes = tuple(_process_plans(manifest, node))
     # By file: processes of a tree may map the same one.
     missing = sum(max(0, m.data_bytes - (node.resident.get(m.name) or 0)) for m in manifest.memory)
-    prefetch, reason = choose_prefetch(node)
+    prefetch, reason = choose_prefetch(manifest, node)
     resumed, first = _predict(manifest, node, missing, replicas)
     return Plan(
         snapshot=manifest.name,
@@ -124,12 +135,13 @@ def make_plan(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> Plan:
         prefetch=prefetch,
         prefetch_reason=reason,
         read_ahead=prefetch and node.free_memory_bytes >= _READ_AHEAD_LEAVES * missing,
+        images_missing=node.images_missing,
         predicted_resumed_s=resumed,
         predicted_first_answer_s=first,
     )
 
 
-def choose_prefetch(node: NodeFacts) -> tuple[bool, str]:
+def choose_prefetch(manifest: Manifest, node: NodeFacts) -> tuple[bool, str]:
     """Say whether the working set is read ahead of the replicas, and why.
 
     Reading it ahead is the rule. If a restore that did so took much longer than reading it at the disk's own speed, the next one
@@ -142,7 +154,7 @@ def choose_prefetch(node: NodeFacts) -> tuple[bool, str]:
         return False, "the working set is not known: `hotstart snapshot record` finds it out"
     if missing < _WORTH_READING:
         return False, "the working set is in the page cache"
-    slow = {way: _slowness(node, prefetched=way) for way in (True, False)}
+    slow = {way: _slowness(manifest, node, prefetched=way) for way in (True, False)}
     with_it, without = slow[True], slow[False]
     if with_it is None or with_it <= _SUSPICIOUS:
         return True, f"{missing >> 20} MiB of the working set are read in the order in which they are touched"
@@ -153,39 +165,76 @@ def choose_prefetch(node: NodeFacts) -> tuple[bool, str]:
     return True, "reading it ahead was slower than the disk, but faster than page faults"
 
 
-def _slowness(node: NodeFacts, *, prefetched: bool) -> float | None:
+def _slowness(manifest: Manifest, node: NodeFacts, *, prefetched: bool) -> float | None:
     """How many times as long as the disk needs for the missing bytes it took beyond a warm restore: median, or None."""
     if not node.read_bandwidth:
         return None
-    found = sorted(
-        c.beyond_warm_s * node.read_bandwidth / c.missing_bytes
-        for c in node.working_set.cold_restores
-        if c.prefetched == prefetched and c.missing_bytes >= _WORTH_READING
-    )
-    return found[len(found) // 2] if found else None
+    found = []
+    for past in node.history:
+        _, warm = _warm(manifest, node, past.replicas)
+        if past.prefetched == prefetched and past.missing_bytes >= _WORTH_READING and past.first_answer_s and warm:
+            beyond = max(0.0, past.first_answer_s - past.planned_s - warm)
+            found.append(beyond * node.read_bandwidth / past.missing_bytes)
+    return median(found)
 
 
 def _predict(manifest: Manifest, node: NodeFacts, missing: int, replicas: int) -> tuple[float | None, float | None]:
     """Seconds until resumed and until the first answer.
 
-    None where memory comes from a store: how fast that is nobody knows before. Else what the first restore took, or its processor
-    time on the cores that there are if that is longer; and the time to read what the page cache lacks, most of which passes while
-    the replica waits for it. CRIU reads its images before it resumes anything.
+    None where memory comes from a store: how fast that is nobody knows before. Else what a warm restore takes here, and the time to
+    read what the page cache lacks, most of which passes while the replica waits for it. CRIU reads its images before it resumes
+    anything.
     """
-    recorded = manifest.recorded
     if not node.local:
         return None, None
     lacking = missing if node.working_set.missing_bytes is None else node.working_set.missing_bytes
-    if recorded is None or (lacking + node.images_missing and not node.read_bandwidth):
+    resumed, first = _warm(manifest, node, replicas)
+    if resumed is None or (lacking + node.images_missing and not node.read_bandwidth):
         return None, None
     bandwidth = node.read_bandwidth or 1.0
-    read_s, images_s = lacking / bandwidth, node.images_missing / bandwidth
-    crowd = max(1.0, replicas / node.cores)
-    resumed = recorded.resumed_s * crowd + images_s
-    if recorded.first_answer_s is None:
-        return resumed, None
-    busy = (recorded.cpu_s or 0.0) * replicas / node.cores
-    return resumed, max(recorded.first_answer_s, busy) + images_s + read_s
+    before_s = node.planned_s + node.images_missing / bandwidth
+    return before_s + resumed, None if first is None else before_s + first + lacking / bandwidth
+
+
+def _warm(manifest: Manifest, node: NodeFacts, replicas: int) -> tuple[float | None, float | None]:
+    """Seconds from the plan until resumed and until the first answer, of a restore that has to read nothing.
+
+    Of one replica what it took here lately, else what the first restore of all took. Of several at once what each of so many took
+    here, by those closest in number; else the one's processor time, on the cores that there are if that is longer.
+    """
+    recorded = manifest.recorded
+    warm = [past for past in node.history if past.missing_bytes < _WORTH_READING]
+    alone = [past for past in warm if past.replicas == 1][-_LATELY:]
+    resumed = median([past.resumed_s - past.planned_s for past in alone])
+    first = median([past.first_answer_s - past.planned_s for past in alone if past.first_answer_s is not None])
+    if recorded:
+        resumed = recorded.resumed_s if resumed is None else resumed
+        first = recorded.first_answer_s if first is None else first
+    if replicas == 1:
+        return resumed, first
+    crowds = [past for past in warm if past.replicas > 1]
+    if crowds:
+        closest = min(crowds, key=lambda past: abs(log(past.replicas / replicas))).replicas
+        lately = [past for past in crowds if past.replicas == closest][-_LATELY:]
+        many = replicas / closest
+        crowded = median([past.resumed_s - past.planned_s for past in lately])
+        answered = median([past.first_answer_s - past.planned_s for past in lately if past.first_answer_s is not None])
+        return _longer(resumed, crowded, many), _longer(first, answered, many)
+    if resumed is not None:
+        resumed *= max(1.0, replicas / node.cores)
+    busy = (recorded.cpu_s or 0.0) * replicas / node.cores if recorded else 0.0
+    return resumed, None if first is None else max(first, busy)
+
+
+def _longer(alone: float | None, crowded: float | None, times: float) -> float | None:
+    if crowded is None:
+        return alone
+    return max(alone or 0.0, crowded * times)
+
+
+def median(values: list[float]) -> float | None:
+    """Return the middle value, of two the larger; None of nothing. (The standard library's costs 10 ms to import.)"""
+    return sorted(values)[len(values) // 2] if values else None
 
 
 def _process_plans(manifest: Manifest, node: NodeFacts) -> list[ProcessPlan]:
