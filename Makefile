@@ -48,6 +48,7 @@ test: compiled ## all tests but the long ones
 
 test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers
+	scripts/install-engine vllm
 	scripts/install-programs
 	$(BIN)/pytest -m long
 

@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from .conftest import PORT, PROGRAMS, ROOT, SOURCES, a_worker, ask, checker, connect, program, survive
+from .conftest import LONG, PORT, PROGRAMS, ROOT, SOURCES, a_worker, ask, checker, connect, program, survive
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_left")]
 CHURN = "/check?rounds=40"
@@ -201,4 +201,41 @@ def test_a_pytorch_server_with_forked_data_loaders(hotstart, rounds):
     worker = a_worker(python, str(SOURCES / "loader_server.py"), str(PORT), ready_timeout_s=120.0)
     manifest = survive(hotstart, worker, rounds, checker(hotstart, "/check"))
     assert len(manifest.processes) >= 3
+    assert {p.strategy for p in manifest.processes} == {"mapped"}
+
+
+@pytest.mark.long
+def test_vllm_answers_what_it_answered(hotstart, tmp_path):
+    """Four processes, shared memory, ZeroMQ. Only here: installing it takes longer than all other tests."""
+    program(ROOT / ".engines" / "vllm" / "bin" / "python")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    worker = a_worker(
+        str(ROOT / "examples" / "vllm" / "serve"),
+        cwd=str(ROOT),
+        environment={"PATH": os.defpath, "HOTSTART_EXAMPLE_CACHE": str(cache)},
+        ready_url=f"http://127.0.0.1:{PORT}/health",
+        ready_timeout_s=900.0,
+        writable=(str(cache),),
+    )
+    answers = {}
+
+    def check(name):
+        for question in (
+            "What is the capital of France?",
+            "Count from one to ten.",
+            "Say hello in one short sentence.",
+        ):
+            body = {
+                "model": "smollm2",
+                "temperature": 0,
+                "max_tokens": 24,
+                "messages": [{"role": "user", "content": question}],
+            }
+            said = json.loads(ask(hotstart, name, "POST", "/v1/chat/completions", json.dumps(body).encode()))["choices"]
+            assert said[0]["message"]["content"]
+            assert answers.setdefault(question, said) == said
+
+    manifest = survive(hotstart, worker, LONG, check)
+    assert len(manifest.processes) == 4
     assert {p.strategy for p in manifest.processes} == {"mapped"}
