@@ -114,5 +114,6 @@ class Page(Struct, frozen=True):
     body: bytes | AsyncIterator[bytes] = b""
 
 
-Pages = Mapping[str, Callable[[PageRequest], Awaitable[Page]]]
+PageSource = Callable[[PageRequest], Awaitable[Page]]
+Pages = Mapping[str, PageSource]
 """What answers by path, or by the longest prefix that ends with a slash: {"/metrics": ..., "/ui/": ...}."""
