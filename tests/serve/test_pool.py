@@ -245,7 +245,7 @@ def test_a_worker_that_answers_nothing_while_it_is_busy_is_not_taken_for_hung():
 
 def test_a_replica_that_the_gateway_complains_of_is_out_at_once_and_back_if_it_is_well():
     async def story():
-        async with running(settings=config(min_replicas=1)) as (pool, launcher, _):
+        async with running(settings=config(min_replicas=1)) as (pool, _launcher, _):
             await until(lambda: len(pool.replicas("m")) == 1)
             replica = pool.replicas("m")[0]
             pool.failed(replica, "connection reset")
@@ -310,7 +310,7 @@ def test_a_changed_file_brings_a_new_generation_beside_the_old_one():
 
 def test_a_model_that_is_no_longer_configured_is_drained_and_forgotten():
     async def story():
-        async with running(settings=config(min_replicas=1)) as (pool, launcher, _):
+        async with running(settings=config(min_replicas=1)) as (pool, _launcher, _):
             await until(lambda: len(pool.replicas("m")) == 1)
             pool.apply(config(MODEL.replace('"m"', '"other"')))
             await until(lambda: "m" not in pool.models)
@@ -361,7 +361,14 @@ def test_what_a_request_takes_is_learned_from_those_that_were_answered():
     async def story():
         async with running() as (pool, _, __):
             base = {"model": "m", "replica": "r", "method": "GET", "path": "/", "status": 200, "outcome": "answered"}
-            rest = {"began": 0.0, "first_byte_s": 0.1, "request_bytes": 1, "answer_bytes": 1, "tries": 1, "request_id": "x"}
+            rest = {
+                "began": 0.0,
+                "first_byte_s": 0.1,
+                "request_bytes": 1,
+                "answer_bytes": 1,
+                "tries": 1,
+                "request_id": "x",
+            }
             pool.served(Served(**base, **rest, queued_s=2.0, total_s=3.0))
             pool.served(Served(**{**base, "outcome": "gone"}, **rest, queued_s=0.0, total_s=90.0))
             assert pool.models["m"].service_s == 1.0

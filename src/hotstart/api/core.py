@@ -338,13 +338,14 @@ class Hotstart:
         spans: Mapping[str, Span] | None = None,
         recorder: TouchRecorder | None = None,
         images: str = "images",
+        sweep: bool = True,
     ) -> list[Started]:
         """Start replicas of a snapshot, all at once; return when each has answered as the warm worker did.
 
         Without an oracle, or with wait=False, a replica that accepts connections is enough. Raises Refused if the snapshot cannot
         run here or a replica answers otherwise, NotFound, BadUsage (a name or port that is taken), HotstartError. On any error
         none of them is left. A `recorder` watches what the one replica touches; `images` is the
-        folder of CRIU's images in the snapshot's.
+        folder of CRIU's images in the snapshot's. Without `sweep` what killed commands left is left to others.
         """
         began = time.monotonic()
         asked = began if self._clock_start is None else self._clock_start
@@ -380,7 +381,8 @@ class Hotstart:
 
                 note_cold_restore(local, started[0].receipt)
             local.note_use()
-        self.sweep()  # not before: it reads every manifest, and the clock was running
+        if sweep:  # not before: it reads every manifest, and the clock was running
+            self.sweep()
         return started
 
     def _local_or_streamed(

@@ -177,7 +177,9 @@ class LocalLauncher:
         began = time.monotonic()
         by_oracle = model.ask_oracle or model.ready_url is None
         try:
-            (started,) = hotstart.restore(frozen.name, name=name, publish=Publish(_HERE, 0), wait=by_oracle)
+            (started,) = hotstart.restore(
+                frozen.name, name=name, publish=Publish(_HERE, 0), wait=by_oracle, sweep=False
+            )
         except Refused as e:
             if free_memory_bytes() < (frozen.own_bytes or 0):
                 raise NoRoomError(str(e)) from e

@@ -137,6 +137,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     admin_token: str | None = None
     admin_token_file: str | None = None
     log: Literal["text", "json"] = "text"
+    log_requests: bool = False
     limits: LimitsConfig = LimitsConfig()
     machine: MachineConfig = MachineConfig()
     trusted_proxies: tuple[str, ...] = ()

@@ -138,9 +138,10 @@ class PoolModel:
     def described(self, now: float, cores: float) -> Model:
         """Describe it to the autoscaler."""
         config = self.config.policy
-        idle = self.paused or self.removed
+        # Who waits for a model that was removed is still answered; nobody can come any more.
+        idle = self.paused or (self.removed and not self.load.waiting)
         formers_serve = any(self.load.in_flight.get(m.name) for m in self.former())
-        least = 0 if idle else max(config.min_replicas, int(formers_serve))
+        least = 0 if idle or self.removed else max(config.min_replicas, int(formers_serve))
         policy = Policy(
             min_replicas=least,
             max_replicas=0 if idle else config.max_replicas,
@@ -174,8 +175,8 @@ class PoolModel:
     def outlook(self, now: float) -> Outlook:
         """Say what a request that comes now can expect."""
         doing = "restoring" if self.frozen is not None else "starting"
-        if self.removed or self.paused:
-            return Outlook(None, doing, "an administrator has drained it" if self.paused else "it was removed")
+        if self.paused:
+            return Outlook(None, doing, "an administrator has drained it")
         gave_up = self.failures >= _GIVE_UP_AFTER and now < self.not_before and not self.ready()
         if self.hopeless or gave_up:
             return Outlook(None, doing, f"it cannot be started: {self.last_failure}")

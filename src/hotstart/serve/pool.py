@@ -197,9 +197,7 @@ class ReplicaPool:
             raise BadUsage(f"model {name} has its {have} replicas already: raise max_replicas")
         model.paused = model.hopeless = False
         model.not_before = float("-inf")
-        now = self._clock()
-        former = self._needed_at.get(name, ())
-        self._needed_at[name] = (*[now] * (have + 1), *former[have + 1 :])
+        self._take_for_needed(name, have + 1)
         self._start_one(model)
 
     async def snapshot(self, name: str) -> None:
@@ -485,6 +483,7 @@ class ReplicaPool:
         member.replica = Replica(found.name, member.model, found.host, found.port, model.config.concurrency)
         model.members[found.name] = member
         self.events.tell("adopted", "it was started by an earlier server and runs", member.model, found.name)
+        self._take_for_needed(member.model, len(model.members))
         # Nobody knows what it was doing: it is asked before it takes requests.
         member.become(State.READY, now)
         self._suspect(member, "it is of an earlier server")
@@ -582,6 +581,11 @@ class ReplicaPool:
         self._step_due.set()
 
     # ---- small things
+
+    def _take_for_needed(self, name: str, count: int) -> None:
+        """Remember so many replicas as needed just now: they stay for the quiet time."""
+        former = self._needed_at.get(name, ())
+        self._needed_at[name] = (*[self._clock()] * count, *former[count:])
 
     def _find(self, name: str) -> PoolModel:
         if name not in self.models:
