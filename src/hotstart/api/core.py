@@ -342,13 +342,14 @@ class Hotstart:
         spans: Mapping[str, Span] | None = None,
         recorder: TouchRecorder | None = None,
         images: str = "images",
+        sweep: bool = True,
     ) -> list[Started]:
         """Start replicas of a snapshot, all at once; return when each has answered as the warm worker did.
 
         Without an oracle, or with wait=False, a replica that accepts connections is enough. Raises Refused if the snapshot cannot
         run here or a replica answers otherwise, NotFound, BadUsage (a name or port that is taken), HotstartError. On any error
         none of them is left. A `recorder` watches what the one replica touches; `images` is the
-        folder of CRIU's images in the snapshot's.
+        folder of CRIU's images in the snapshot's. Without `sweep` what killed commands left is left to others.
         """
         began = time.monotonic()
         asked = began if self._clock_start is None else self._clock_start
@@ -383,7 +384,8 @@ class Hotstart:
             if facts.local and not recorder:
                 note_restore(local.folder, plan, facts.planned_s, [r.receipt for r in started])
             local.note_use()
-        self.sweep()  # not before: it reads every manifest, and the clock was running
+        if sweep:  # not before: it reads every manifest, and the clock was running
+            self.sweep()
         return started
 
     def _local_or_streamed(

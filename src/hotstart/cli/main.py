@@ -25,6 +25,7 @@ COMMANDS = {
     "exec": ("exec", "run a command inside a sandbox"),
     "stop": ("stop", "end workers and replicas"),
     "rm": ("rm", "forget workers and replicas that have ended"),
+    "serve": ("serve", "gateway, autoscaling, dashboard, metrics: models from zero replicas to many and back"),
     "keys": ("keys", "new, ls, trust, distrust, policy, rotate: who may make snapshots, and who can read them"),
     "bench": ("bench", "cold start, plain CRIU and Hotstart side by side"),
 }

@@ -306,15 +306,20 @@ def refusals(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> list[str
         reason = _why_changed(need, node.files.get(need.path))
         if reason:
             found.append(reason)
+    if no_room := why_no_room(manifest, node, replicas):
+        found.append(no_room)
+    return found
+
+
+def why_no_room(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> str | None:
+    """Return why there is too little free memory just now, or None: there is enough."""
     needed = (
         manifest.image_bytes + manifest.logical_bytes // _DIRTIED_PART if manifest.memory else manifest.logical_bytes
     )
     needed *= replicas
-    if node.free_memory_bytes < needed:
-        found.append(
-            f"it needs about {needed >> 20} MiB of free memory, {node.free_memory_bytes >> 20} MiB are available"
-        )
-    return found
+    if node.free_memory_bytes >= needed:
+        return None
+    return f"it needs about {needed >> 20} MiB of free memory, {node.free_memory_bytes >> 20} MiB are available"
 
 
 def _why_changed(need: NeededFile, now: FileFact | None) -> str | None:

@@ -33,9 +33,18 @@ def host_fingerprint(criu: tuple[int, ...]) -> HostFingerprint:
 
 def free_memory_bytes() -> int:
     """Memory that can be had without swapping (MemAvailable)."""
+    return _meminfo("MemAvailable:")
+
+
+def total_memory_bytes() -> int:
+    """Memory of this machine (MemTotal)."""
+    return _meminfo("MemTotal:")
+
+
+def _meminfo(field: str) -> int:
     with open("/proc/meminfo", encoding="ascii") as f:
         for line in f:
-            if line.startswith("MemAvailable:"):
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
     return 0
 

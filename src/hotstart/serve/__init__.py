@@ -1,0 +1,1 @@
+"""Running workers answer requests: gateway, activator, pool, autoscaler, dashboard."""
