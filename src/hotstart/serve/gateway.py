@@ -152,7 +152,7 @@ class Gateway:
             return self._refuse_request(request, client, ill_formed(e.status, str(e)))
         except Broken:
             raise
-        except Exception:  # one request's, whoever is to blame; the others go on
+        except Exception:  # noqa: BLE001 - one request's, whoever is to blame; the others go on
             _log.exception("%s %s", head.method, path)
             client.reset()
             return False
