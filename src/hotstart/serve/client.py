@@ -143,6 +143,7 @@ class ClientWire(Wire):
         except BadMessage as e:
             self.busy = False
             self._refuse(self, e)
+            self._discarding = True
             await self._part()
         except Broken:
             self.abort()

@@ -35,6 +35,7 @@ from hotstart.serve.wire import Body, Broken, Wire
 HELD_BYTES = (
     1 << 20
 )  # of a body that need not be read to be routed: what is longer is passed on as it comes, and only once
+_MOST_TRIES = 10  # of which all but two met a replica that could not be connected to
 _COMMENT_EVERY_S = 5.0
 _MOST_ERROR_BYTES = 1 << 20
 _EVENTS = "text/event-stream"
@@ -172,6 +173,7 @@ class Exchange:
 
     async def _attempts(self, limit: asyncio.Timeout) -> None:
         slot = await self._slot(again=False)
+        unsent = 0
         while True:
             self.tries += 1
             self.replica = slot.replica
@@ -185,9 +187,10 @@ class Exchange:
                 failure = e
             finally:
                 slot.release()
-            refusal = self._refusal(failure)
+            if isinstance(failure, NotSent) and self.tries + unsent < _MOST_TRIES:
+                self.tries, unsent = self.tries - 1, unsent + 1
             if self._begun or self.tries > 1 or not self._may_try_again(failure):
-                raise refusal from failure
+                raise self._refusal(failure) from failure
             slot = await self._slot(again=True)
 
     def _may_try_again(self, failure: ReplicaBroken) -> bool:
@@ -450,7 +453,7 @@ class Exchange:
         if told:
             self._write_piece(b"data: " + refusal.body() + b"\n\n")
         if not (told or self._framing.chunked or self._has_length):
-            self._client.abort()  # its end would look like the answer's
+            self._client.reset()  # its end would look like the answer's
 
 
 def as_event(status: int, body: bytes) -> bytes:

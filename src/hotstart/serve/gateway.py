@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,9 @@ from hotstart.serve.refusals import Refusal, ill_formed, reason
 from hotstart.serve.routing import Route, Routes, is_openai, may_repeat, read_openai
 from hotstart.serve.settings import GatewaySettings, ModelSettings
 from hotstart.serve.upstream import Upstreams
+from hotstart.serve.wire import Broken
+
+_log = logging.getLogger("hotstart.serve.gateway")
 
 _BACKLOG = 1024
 _SWEEP_S = 1.0
@@ -146,6 +150,12 @@ class Gateway:
             return self._refuse_request(request, client, e)
         except BadMessage as e:
             return self._refuse_request(request, client, ill_formed(e.status, str(e)))
+        except Broken:
+            raise
+        except Exception:  # noqa: BLE001 - one request's, whoever is to blame; the others go on
+            _log.exception("%s %s", head.method, path)
+            client.reset()
+            return False
 
     async def _by_route(self, request: Request, client: ClientWire, route: Route) -> bool:
         self._check_key(route.model, request)
@@ -278,6 +288,11 @@ class Gateway:
             await upload.hold(_MOST_PAGE_BODY_BYTES + 1, _MOST_PAGE_BODY_BYTES, self._settings.limits)
             asked = PageRequest(request.head.method, path, query, request.head.index, upload.data, client.peer)
             answer = await page(asked)
+        except (Refusal, BadMessage, Broken):
+            raise
+        except Exception as e:
+            _log.exception("%s %s", request.head.method, path)
+            raise Refusal(500, "internal", "this page has failed: the log of `hotstart serve` says why") from e
         finally:
             upload.let_go()
         if isinstance(answer.body, bytes):

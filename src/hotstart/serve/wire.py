@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import Callable
+from contextlib import suppress
 
 from hotstart.serve.http1 import Fields
 
@@ -12,6 +14,7 @@ HIGH_BYTES = 256 << 10  # held of one body before its sender has to wait
 _WRITE_HIGH_BYTES = 64 << 10
 # A peer that went away without a word is found after two minutes.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+_LINGER_NOT = struct.pack("ii", 1, 0)
 
 
 class Broken(Exception):
@@ -161,6 +164,13 @@ class Wire(asyncio.Protocol):
     def abort(self) -> None:
         """End it at once; what was not sent is not."""
         if not self.lost:
+            self.transport.abort()
+
+    def reset(self) -> None:
+        """End it at once, such that the peer cannot take it for an orderly end."""
+        if not self.lost:
+            with suppress(OSError):
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
             self.transport.abort()
 
     def _release(self) -> None:
