@@ -25,6 +25,7 @@ from hotstart.snapshot.codec import encode
 from hotstart.snapshot.layout import MEMORY_FOLDER, TAIL_BYTES, Placed
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
 from hotstart.snapshot.obstacles import lacking, obstacle
+from hotstart.snapshot.quiesce import QuiesceStep
 from hotstart.snapshot.secrets import secret_names
 from hotstart.snapshot.tier import why_not_ram
 from hotstart.snapshot.warmup import Oracle, Request
@@ -43,7 +44,7 @@ _PAGES_TIMEOUT_S = 600.0
 class SnapshotOptions(Struct, frozen=True):
     """How a snapshot is taken.
 
-    `warmup` requests are sent first, the last one's answer is the oracle. `keep` leaves a worker running that ran before.
+    `warmup` requests are sent first, the last one's answer is the oracle; those of `quiesce` last. `keep` leaves a worker running that ran before.
     `fold=False` dumps plainly, as CRIU alone does. `weights` are files, or folders of safetensors files, that memory is compared with;
     without `store_weights` what they have is left out of stores.
     """
@@ -53,6 +54,7 @@ class SnapshotOptions(Struct, frozen=True):
     keep: bool = False
     fold: bool = True
     wait_stored: bool = False
+    quiesce: Sequence[QuiesceStep] = ()
     weights: tuple[str, ...] = ()
     store_weights: bool = True
 
@@ -125,6 +127,9 @@ def take_snapshot(
             folder, state = starting.folder, starting.state()
         progressing.stage("warming up")
         oracle = hotstart_.warm_up(state, folder.door, options.warmup, options.oracle_ignore) or state.oracle
+        if options.quiesce:
+            progressing.stage("quiescing")
+            hotstart_.quiesce(state, folder.door, options.quiesce)
         needed_bytes = _require_room(hotstart_, state, fold=options.fold)
         ready = time.monotonic()
         progressing.stage("capturing")

@@ -18,6 +18,7 @@ from hotstart.cli.common import (
     print_json,
     print_table,
     process_start,
+    read_quiesce,
     read_warmup,
     say,
     seconds,
@@ -91,6 +92,11 @@ def _create(arguments: list[str]) -> int:
         "--plain", action="store_true", help="dump as CRIU alone does, for comparison: restores copy all memory"
     )
     p.add_argument(
+        "--quiesce",
+        metavar="FILE",
+        help="JSON lines as of --warmup, with what must be in the answer as `expect`: sent last, to drop what need not be kept",
+    )
+    p.add_argument(
         "--weights",
         action="append",
         default=[],
@@ -117,6 +123,7 @@ def _create(arguments: list[str]) -> int:
         keep=options.keep,
         fold=not options.plain,
         wait_stored=options.wait_stored,
+        quiesce=read_quiesce(options.quiesce),
         weights=tuple(options.weights),
         store_weights=not options.leave_weights_out,
     )
