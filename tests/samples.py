@@ -9,6 +9,7 @@ from hotstart.snapshot.manifest import (
     NeededFile,
     Process,
     RecordedRestore,
+    WeightFile,
 )
 from hotstart.snapshot.warmup import Answer, Oracle, Request
 from hotstart.snapshot.worker import WorkerSpec
@@ -68,5 +69,6 @@ def a_manifest(**changes: object) -> Manifest:
         ),
         "recorded": RecordedRestore(0.031, 0.125, 0.1),
         "working_set": "working-set.json",
+        "weights": (WeightFile("/models/llm/model.safetensors", 256 << 20),),
     }
     return Manifest(**{**fields, **changes})

@@ -6,6 +6,7 @@ import pytest
 
 from hotstart.errors import Damaged, Refused
 from hotstart.store.archive import ArchiveStore
+from hotstart.store.content import digest_of
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.local import LocalSnapshots
 from hotstart.store.memory import MemoryStore
@@ -46,9 +47,26 @@ def require_right(repo, home):
     assert files == golden.FILES
 
 
-@pytest.mark.parametrize("name", ["good-1.0", "good"])
+@pytest.mark.parametrize("name", ["good-1.0", "good-1.1", "good"])
 def test_a_store_of_format_1_is_read(tmp_path, keyring, name):
     require_right(opened(folder(name), keyring), tmp_path)
+
+
+def test_a_store_with_weights_is_read_without_their_file_and_with_it(tmp_path, keyring):
+    repo = opened(folder("weights"), keyring)
+    assert verify_stored(repo, "golden") > 0
+    assert laid_out(repo, tmp_path / "without")[1] == golden.MEMORY_WITH_WEIGHTS
+    store = MemoryStore()
+    places = repo.places_of(repo.find("golden").digest)
+    apart = f"packs/{places[digest_of(golden.TENSOR)].pack}"
+    for key, data in objects_of(folder("weights")).items():
+        if key != apart:
+            store.write(key, data)
+    (tmp_path / Path(golden.WEIGHTS_PATH).name).write_bytes(golden.WEIGHTS)
+    with_file = pull(
+        "golden", opened(store, keyring), LocalSnapshots(str(tmp_path / "with")), weight_folders=[str(tmp_path)]
+    )
+    assert Path(with_file.memory_path(golden.MEMORY_NAME)).read_bytes() == golden.MEMORY_WITH_WEIGHTS
 
 
 def test_an_encrypted_store_of_format_1_is_read_with_its_key_and_refused_without(tmp_path, keyring):
@@ -87,7 +105,7 @@ def test_the_golden_files_are_what_is_written_today(tmp_path):
     # If this fails the format has changed, or where chunks end: what is stored already must be read all the same, and is shared
     # no longer with what is stored from now on.
     golden.make_all(tmp_path / "golden")
-    for name in ("good", "corrupted", "newer"):
+    for name in ("good", "weights", "corrupted", "newer"):
         assert objects_of(DirectoryStore(str(tmp_path / "golden" / name))) == objects_of(folder(name)), name
     assert (tmp_path / "golden" / "good.tar").read_bytes() == (golden.FOLDER / "good.tar").read_bytes()
     shape = {key.partition("/")[0] for key in objects_of(DirectoryStore(str(tmp_path / "golden" / "encrypted")))}

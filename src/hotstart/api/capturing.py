@@ -14,7 +14,7 @@ import hotstart
 from hotstart.adapters.criu.dumper import CriuDumper
 from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter_command
 from hotstart.adapters.linux.facts import our_privileges, process_facts
-from hotstart.adapters.linux.host import free_memory_bytes, host_fingerprint, needed_files
+from hotstart.adapters.linux.host import free_memory_bytes, host_fingerprint, needed_files, weight_files
 from hotstart.adapters.linux.procfs import children, mapped_files, memory_bytes, process_name, tree
 from hotstart.adapters.linux.traits import TraitsReader
 from hotstart.api.recording import restore_and_time, restore_and_watch, trial_name
@@ -25,6 +25,7 @@ from hotstart.snapshot.codec import encode
 from hotstart.snapshot.layout import MEMORY_FOLDER, TAIL_BYTES, Placed
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
 from hotstart.snapshot.obstacles import lacking, obstacle
+from hotstart.snapshot.quiesce import QuiesceStep
 from hotstart.snapshot.secrets import secret_names
 from hotstart.snapshot.tier import why_not_ram
 from hotstart.snapshot.warmup import Oracle, Request
@@ -43,8 +44,9 @@ _PAGES_TIMEOUT_S = 600.0
 class SnapshotOptions(Struct, frozen=True):
     """How a snapshot is taken.
 
-    `warmup` requests are sent first, the last one's answer is the oracle. `keep` leaves a worker running that ran before.
-    `fold=False` dumps plainly, as CRIU alone does.
+    `warmup` requests are sent first, the last one's answer is the oracle; those of `quiesce` last. `keep` leaves a worker running that ran before.
+    `fold=False` dumps plainly, as CRIU alone does. `weights` are files, or folders of safetensors files, that memory is compared with;
+    without `store_weights` what they have is left out of stores.
     """
 
     warmup: Sequence[Request] = ()
@@ -52,6 +54,9 @@ class SnapshotOptions(Struct, frozen=True):
     keep: bool = False
     fold: bool = True
     wait_stored: bool = False
+    quiesce: Sequence[QuiesceStep] = ()
+    weights: tuple[str, ...] = ()
+    store_weights: bool = True
 
 
 class SnapshotTaken(Struct, frozen=True):
@@ -122,6 +127,9 @@ def take_snapshot(
             folder, state = starting.folder, starting.state()
         progressing.stage("warming up")
         oracle = hotstart_.warm_up(state, folder.door, options.warmup, options.oracle_ignore) or state.oracle
+        if options.quiesce:
+            progressing.stage("quiescing")
+            hotstart_.quiesce(state, folder.door, options.quiesce)
         needed_bytes = _require_room(hotstart_, state, fold=options.fold)
         ready = time.monotonic()
         progressing.stage("capturing")
@@ -234,6 +242,7 @@ def _capture(
     _require_no_obstacle(state.init_pid, pids)
     host_folders = (*state.worker.visible, *state.worker.writable)
     needs = needed_files(pids, host_folders)
+    weights = weight_files(options.weights, needs, stored=options.store_weights)
     logical = sum(memory_bytes(pid).get("Rss", 0) for pid in pids)
     generation = os.urandom(4).hex()
     processes = _describe_processes(pids)
@@ -282,6 +291,7 @@ def _capture(
         needs=needs,
         logical_bytes=logical,
         oracle=oracle,
+        weights=weights,
     )
     return partial.publish(manifest), captured
 

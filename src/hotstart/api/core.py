@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hotstart.api.recording import TouchRecorder
     from hotstart.api.storing import Stores
     from hotstart.api.stream import Stream
+    from hotstart.snapshot.quiesce import QuiesceStep
 
 DEFAULT_HOME = "/var/lib/hotstart"
 DEFAULT_RUN = "/run/hotstart"
@@ -42,6 +43,7 @@ _READY_POLL_S = 0.01
 _READY_ANSWER_S = 5.0
 _STOP_GRACE_S = 10.0
 _WARMUP_TIMEOUT_S = 600.0
+_QUIESCE_TIMEOUT_S = 10.0  # a request that was just answered may count as running for a moment
 _LAST_PORT = 65535
 _MOST_REPLICAS = 1000
 _LARGE_IMAGE_BYTES = 32 << 20
@@ -132,6 +134,26 @@ class Hotstart:
                     f"{printable(answer.body)[:200]}; {last_words(state.log_path)}"
                 )
         return Oracle(requests[-1], answer, ignore) if answer else None
+
+    def quiesce(self, state: SandboxState, door: str, steps: Sequence[QuiesceStep]) -> None:
+        """Send requests that make a worker drop what need not be kept; each again until it is answered as expected.
+
+        Raises HotstartError if one is not for long; BadUsage without a port.
+        """
+        for number, step in enumerate(steps, 1):
+            if state.worker.port is None:
+                raise BadUsage("--quiesce needs --port, the port that the worker listens on inside")
+            deadline = time.monotonic() + _QUIESCE_TIMEOUT_S
+            while True:
+                answer = self.asker.ask(door, state.worker.port, step.request, _WARMUP_TIMEOUT_S)
+                if step.accepts(answer):
+                    break
+                if answer.status >= 400 or time.monotonic() > deadline:
+                    raise HotstartError(
+                        f"quiesce request {number} ({step.request.method} {step.request.path}) was answered {answer.status}: "
+                        f"{printable(answer.body)[:200]}; does the worker know it, and is it idle?"
+                    )
+                time.sleep(0.1)
 
     def wait_ready(self, starting: StartingWorker) -> None:
         """Wait until a worker is ready. Raises HotstartError if it ends before, or takes too long."""

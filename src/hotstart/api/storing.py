@@ -32,6 +32,7 @@ from hotstart.store.pulling import pull, verify_stored
 from hotstart.store.repository import Repository
 from hotstart.store.signing import Keyring
 from hotstart.store.throttled import Throttled
+from hotstart.store.weights import Nearby
 
 if TYPE_CHECKING:
     from hotstart.api.capturing import Progressing
@@ -120,6 +121,11 @@ def _has_ended(holder: Holder) -> bool:
     return start_ticks(holder.pid) != holder.start_ticks
 
 
+def weight_folders() -> list[str]:
+    """Return the folders of HOTSTART_WEIGHTS, where models' files are looked for that are not where they were."""
+    return [folder for folder in os.environ.get("HOTSTART_WEIGHTS", "").split(os.pathsep) if folder]
+
+
 # ---- to and fro
 
 
@@ -172,7 +178,7 @@ def pull_snapshot(hotstart: Hotstart, name: str, url: str | None, progressing: P
     hotstart.require_privileges()
     repository = hotstart.store.at(url) if url else hotstart.store.holding(name)
     manifest = repository.find(name).manifest
-    local = pull(name, repository, hotstart.snapshots, progressing.measured(manifest.data_bytes))
+    local = pull(name, repository, hotstart.snapshots, progressing.measured(manifest.data_bytes), weight_folders())
     keep_quota(hotstart, keep=name)
     return local
 
@@ -216,7 +222,9 @@ def verify_snapshot(
     stored = local = None
     if hotstart.store.home.has(name):
         progressing.stage("stored copy")
-        stored = _state_of(lambda: verify_stored(hotstart.store.home, name, progressing.measured(0)), problems)
+        stored = _state_of(
+            lambda: verify_stored(hotstart.store.home, name, progressing.measured(0), weight_folders()), problems
+        )
     progressing.stage("local copy")
     with suppress(NotFound):
         local = _state_of(lambda: _verify_local(hotstart, name, progressing), problems)
@@ -279,7 +287,8 @@ def lay_out(hotstart: Hotstart, name: str, progress: Progress = no_progress) -> 
     for repository in hotstart.store.all():
         try:
             if repository.has(name):
-                local = pull(name, hotstart.store.reading_from(repository), hotstart.snapshots, progress)
+                reading = hotstart.store.reading_from(repository)
+                local = pull(name, reading, hotstart.snapshots, progress, weight_folders())
                 keep_quota(hotstart, keep=name)
                 return local
         except BadUsage:
@@ -354,13 +363,18 @@ def collect_garbage(
 
 
 class Sizes(Struct, frozen=True):
-    """Bytes of a snapshot: resident when it was taken, its data, without duplicates, stored, stored for it alone (None: not stored)."""
+    """Bytes of a snapshot: resident when it was taken, its data, without duplicates, stored, stored for it alone (None: not stored).
+
+    `weights_bytes` of its data are in weight files, too; `stored_weights_bytes` is what those take of what is stored.
+    """
 
     logical_bytes: int
     data_bytes: int
     unique_bytes: int
     stored_bytes: int | None
     only_here_bytes: int | None
+    weights_bytes: int
+    stored_weights_bytes: int | None
 
 
 def sizes_of(hotstart: Hotstart, name: str) -> tuple[str, Sizes]:
@@ -368,12 +382,23 @@ def sizes_of(hotstart: Hotstart, name: str) -> tuple[str, Sizes]:
     stored, only = snapshot_sizes(hotstart.store.home).get(name, (None, None))
     try:
         local = hotstart.snapshots.open(name)
-        manifest, digest = local.manifest, local.digest()
+        manifest, digest, weights = local.manifest, local.digest(), local.weights()
     except NotFound:
-        found = hotstart.store.holding(name).find(name)
+        repository = hotstart.store.holding(name)
+        found = repository.find(name)
         manifest, digest = found.manifest, found.digest
-    unique = sum(contents_of(hotstart, name).chunks().values()) if all(m.index for m in manifest.memory) else 0
-    return digest, Sizes(manifest.logical_bytes, manifest.data_bytes, unique, stored, only)
+        weights = repository.weights_of(manifest, repository.places_of(digest))
+    theirs = {e.digest for _, extents in weights for e in extents}
+    contents = contents_of(hotstart, name) if all(m.index for m in manifest.memory) else None
+    unique = sum(contents.chunks().values()) if contents else 0
+    common = (
+        sum(e.length for found in contents.extents.values() for e in found if e.digest in theirs) if contents else 0
+    )
+    stored_weights = None
+    if stored is not None:
+        places = hotstart.store.home.places_of(hotstart.store.home.digest_named(name))
+        stored_weights = sum(p.stored_bytes for d, p in places.items() if d in theirs)
+    return digest, Sizes(manifest.logical_bytes, manifest.data_bytes, unique, stored, only, common, stored_weights)
 
 
 def contents_of(hotstart: Hotstart, name: str) -> Contents:
@@ -421,9 +446,11 @@ def keep_quota(hotstart: Hotstart, keep: str = "", quota_bytes: int | None = Non
 
 
 def _is_elsewhere(hotstart: Hotstart, name: str) -> bool:
-    """Say whether a store that we know has this very snapshot."""
+    """Say whether a store that we know has this very snapshot; of weights that were left out the file must be here."""
     try:
-        digest = hotstart.snapshots.open(name).digest()
-        return hotstart.store.holding(name).find(name).digest == digest
+        local = hotstart.snapshots.open(name)
+        with Nearby(local.weights(), weight_folders()) as nearby:
+            nearby.require(name)
+        return hotstart.store.holding(name).find(name).digest == local.digest()
     except HotstartError:
         return False

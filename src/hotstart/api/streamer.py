@@ -24,13 +24,13 @@ from msgspec import json
 from hotstart.adapters.criu.images import link_for_small_pages
 from hotstart.adapters.linux.fuse import FuseMount, Reply, ServedFile, clone_mount, leave_mount_namespace
 from hotstart.api.core import Hotstart
-from hotstart.api.storing import keep_quota
+from hotstart.api.storing import keep_quota, weight_folders
 from hotstart.api.stream import IMAGES, MESSAGE_BYTES, memory_ids
 from hotstart.errors import HotstartError, NotFound
 from hotstart.restore.receipt import Streamed
 from hotstart.snapshot.manifest import Manifest
 from hotstart.store.local import MANIFEST, LocalSnapshot
-from hotstart.store.pulling import lay_out_files, leased, open_memory, settle_files
+from hotstart.store.pulling import lay_out_files, leased, open_memory, open_nearby, settle_files
 from hotstart.store.streaming import StreamedFile, Streaming, chunk_elsewhere
 
 if TYPE_CHECKING:
@@ -153,17 +153,19 @@ class Streamer:
             fds = lay_out_files(found.manifest, repository, places, partial, lease, self._open)
             link_for_small_pages(os.path.join(partial.folder, "images"), os.path.join(partial.folder, IMAGES))
             memory = open_memory(found.manifest, partial, self._open)
+            nearby = stack.enter_context(open_nearby(found.manifest, partial, weight_folders()))
             self._files += [StreamedFile(fd, extents) for fd, extents in memory]
             touched = LocalSnapshot(
                 partial.folder, self._hotstart.snapshots.memory, found.manifest, found.document
             ).working_set()
             streaming = Streaming(
                 repository,
-                places,
+                nearby.places(places),
                 self._files,
                 touched.memory if touched else (),
                 chunk_elsewhere(tuple(self._hotstart.store.all()), found.digest),
                 mounted.push,
+                nearby=nearby.read,
             )
             Thread(target=mounted.push_all, args=(self._files,), daemon=True).start()
             streaming.start()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from hotstart.errors import BadUsage, NotFound
 
 if TYPE_CHECKING:
     from hotstart.adapters.linux.runfolder import SandboxState
     from hotstart.api import Hotstart, Publish
+    from hotstart.snapshot.quiesce import QuiesceStep
     from hotstart.snapshot.warmup import Request
     from hotstart.snapshot.worker import WorkerSpec
 
+T = TypeVar("T")
 _FEWEST_CPUS, _MOST_CPUS = 0.01, 1e6  # what the kernel takes: a quota of 1 ms in 100 ms, and more than any machine has
 
 
@@ -235,15 +237,26 @@ def read_warmup(path: str | None) -> list[Request]:
     """Read a warm-up file. Raises BadUsage."""
     from hotstart.snapshot.warmup import parse_warmup
 
+    return _read_requests("--warmup", path, parse_warmup)
+
+
+def read_quiesce(path: str | None) -> list[QuiesceStep]:
+    """Read a file of --quiesce. Raises BadUsage."""
+    from hotstart.snapshot.quiesce import parse_quiesce
+
+    return _read_requests("--quiesce", path, parse_quiesce)
+
+
+def _read_requests(option: str, path: str | None, parse: Callable[[str, str], list[T]]) -> list[T]:
     if path is None:
         return []
     try:
         with open(path, encoding="utf-8", newline="") as f:
-            requests = parse_warmup(f.read(), path)
+            requests = parse(f.read(), path)
     except (OSError, UnicodeDecodeError) as e:
-        raise BadUsage(f"--warmup {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+        raise BadUsage(f"{option} {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
     if not requests:
-        raise BadUsage(f"--warmup {path} holds no request")
+        raise BadUsage(f"{option} {path} holds no request")
     return requests
 
 

@@ -18,6 +18,7 @@ from hotstart.cli.common import (
     print_json,
     print_table,
     process_start,
+    read_quiesce,
     read_warmup,
     say,
     seconds,
@@ -90,6 +91,23 @@ def _create(arguments: list[str]) -> int:
     p.add_argument(
         "--plain", action="store_true", help="dump as CRIU alone does, for comparison: restores copy all memory"
     )
+    p.add_argument(
+        "--quiesce",
+        metavar="FILE",
+        help="JSON lines as of --warmup, with what must be in the answer as `expect`: sent last, to drop what need not be kept",
+    )
+    p.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="the model's weight file, or a folder of safetensors files: what memory has of it is shared by all its snapshots",
+    )
+    p.add_argument(
+        "--leave-weights-out",
+        action="store_true",
+        help="leave that out of stores: other machines need the weight files to restore it",
+    )
     add_warmup_options(p)
     add_worker_options(p)
     before, command = split_command(arguments)
@@ -105,6 +123,9 @@ def _create(arguments: list[str]) -> int:
         keep=options.keep,
         fold=not options.plain,
         wait_stored=options.wait_stored,
+        quiesce=read_quiesce(options.quiesce),
+        weights=tuple(options.weights),
+        store_weights=not options.leave_weights_out,
     )
     progress = TerminalProgress(quiet=options.json)
     hotstart = open_hotstart()
@@ -226,6 +247,12 @@ def _inspect(arguments: list[str]) -> int:
         f"sizes     {size(sizes.data_bytes)} of data, {size(sizes.unique_bytes)} without duplicates, "
         f"{size(sizes.stored_bytes)} stored, {size(sizes.only_here_bytes)} of that for this snapshot alone"
     )
+    for weights in manifest.weights:
+        print(f"weights   {weights.path}: {'stored, too' if weights.stored else 'left out of stores'}")
+    if manifest.weights:
+        print(
+            f"          {size(sizes.weights_bytes)} of memory are in them, {size(sizes.stored_weights_bytes)} of what is stored is theirs"
+        )
     if manifest.recorded:
         print(
             f"recorded  resumed {seconds(manifest.recorded.resumed_s)}, first answer {seconds(manifest.recorded.first_answer_s)}"

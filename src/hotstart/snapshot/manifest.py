@@ -10,7 +10,7 @@ from hotstart.snapshot.warmup import Oracle
 from hotstart.snapshot.worker import WorkerSpec
 
 FORMAT = "hotstart.snapshot"
-FORMAT_MAJOR, FORMAT_MINOR = 1, 1
+FORMAT_MAJOR, FORMAT_MINOR = 1, 2
 MOST_CHUNK_BYTES = 1 << 20
 MOST_FILE_BYTES = 1 << 42  # the largest that ext4 with small blocks can have
 
@@ -75,6 +75,18 @@ class MemoryFile(Struct, frozen=True):
     index: str
 
 
+class WeightFile(Struct, frozen=True):
+    """A file of the host that memory was compared with: `index` is the snapshot file that lists the chunks that both have.
+
+    `stored`: these chunks are in stores like all others, and the file is a faster way to them. Else only the file has them.
+    """
+
+    path: str
+    size_bytes: int
+    index: str = ""
+    stored: bool = True
+
+
 class RecordedRestore(Struct, frozen=True):
     """What the first restore took, page cache warm: seconds from asked for to resumed, and to the first correct answer.
 
@@ -104,6 +116,7 @@ class Manifest(Struct, frozen=True):
     oracle: Oracle | None = None
     recorded: RecordedRestore | None = None
     working_set: str | None = None
+    weights: tuple[WeightFile, ...] = ()
     format: str = FORMAT
     format_version: tuple[int, int] = (FORMAT_MAJOR, FORMAT_MINOR)
 
@@ -151,6 +164,10 @@ def _require_sizes_that_agree(manifest: Manifest) -> None:
     for memory in manifest.memory:
         if not 0 <= memory.data_end <= memory.size_bytes <= MOST_FILE_BYTES:
             raise Damaged(f"the manifest is damaged (memory file {memory.name[:80]!r} ends before its data)")
+    for weights in manifest.weights:
+        known = not weights.index or weights.index in names
+        if not known or not 0 <= weights.size_bytes <= MOST_FILE_BYTES or not weights.path.startswith("/"):
+            raise Damaged(f"the manifest is damaged (weight file {weights.path[:80]!r} cannot be)")
 
 
 class _Head(Struct, frozen=True):

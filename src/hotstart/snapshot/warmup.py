@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from msgspec import DecodeError, Struct, field, json
@@ -81,18 +81,22 @@ def parse_warmup(text: str, source: str) -> list[Request]:
 
     Raises BadUsage with the line's number.
     """
-    requests = []
+    return [request for _, request, _ in parse_lines(text, source)]
+
+
+def parse_lines(text: str, source: str) -> Iterator[tuple[int, Request, Mapping[str, Any]]]:
+    """Give each line's number, request and whole entry. Raises BadUsage."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             entry = json.decode(line)
-            requests.append(_request(entry, _headers(entry.get("headers") or {})))
+            request = _request(entry, _headers(entry.get("headers") or {}))
         except (DecodeError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
             raise BadUsage(
                 f'{source}:{number}: not a warm-up line ({e}); write {{"method", "path", "headers", "body"}}'
             ) from e
-    return requests
+        yield number, request, entry
 
 
 def _request(entry: Mapping[str, Any], headers: dict[str, str]) -> Request:

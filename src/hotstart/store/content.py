@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -62,6 +62,32 @@ def cut(data: memoryview, start: int, length: int, *, keep_zeros: bool = False) 
         yield from _cut_run(start + first * PAGE_BYTES, run_end, start, ends[(ends > first) & (ends <= last)])
     if not keep_zeros and zero[-1] and length % PAGE_BYTES:
         yield start + pages * PAGE_BYTES, length % PAGE_BYTES
+
+
+def without(spans: Iterable[tuple[int, int]], taken: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return what is left of page-aligned spans; what begins within a page is a span of its own up to the next.
+
+    >>> without([(0, 20480), (40960, 4096)], [(100, 5000), (5100, 3092), (8292, 8000)])
+    [(0, 100), (8192, 100), (16292, 92), (16384, 4096), (40960, 4096)]
+    """
+    left: list[tuple[int, int]] = []
+    taken = sorted(taken)
+    i = 0
+    for start, length in spans:
+        at, end = start, start + length
+        while i < len(taken) and taken[i][0] < end:
+            left += _from_pages(at, taken[i][0])
+            at = sum(taken[i])
+            i += 1
+        left += _from_pages(at, end)
+    return left
+
+
+def _from_pages(start: int, end: int) -> Iterator[tuple[int, int]]:
+    page = min(end, -(-start // PAGE_BYTES) * PAGE_BYTES)
+    for a, b in ((start, page), (page, end)):
+        if a < b:
+            yield a, b - a
 
 
 def _cut_run(at: int, end: int, base: int, ends: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

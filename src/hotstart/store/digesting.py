@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from hotstart.snapshot.manifest import Chunk, File
@@ -18,8 +18,10 @@ def no_progress(_bytes: int) -> None:
     """Report to nobody."""
 
 
-def digest_spans(data: mmap.mmap, spans: list[tuple[int, int]], progress: Progress) -> list[Extent]:
-    """Cut spans of a mapped memory file into chunks and digest them, with a thread per core."""
+def digest_spans(
+    data: mmap.mmap, spans: list[tuple[int, int]], progress: Progress, chunks: Sequence[tuple[int, int]] = ()
+) -> list[Extent]:
+    """Cut spans of a mapped memory file into chunks and digest them, with a thread per core; with what is cut already, `chunks`."""
     from concurrent.futures import ThreadPoolExecutor
 
     view = memoryview(data)
@@ -32,12 +34,11 @@ def digest_spans(data: mmap.mmap, spans: list[tuple[int, int]], progress: Progre
 
     extents: list[Extent] = []
     with ThreadPoolExecutor(cores) as threads:
-        for start, length in spans:
-            pieces = list(cut(view, start, length))
+        for pieces in (list(chunks), *(list(cut(view, start, length)) for start, length in spans)):
             batches = [pieces[i : i + 64] for i in range(0, len(pieces), 64)]
             for found in threads.map(digest, batches):
                 extents += found
-    return extents
+    return sorted(extents, key=lambda e: e.offset) if chunks else extents
 
 
 def has_chunks(fd: int, chunks: tuple[Chunk, ...]) -> bool:

@@ -10,14 +10,15 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING
 
 from msgspec import MsgspecError, Struct, json, structs
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
-from hotstart.snapshot.manifest import File, Manifest, MemoryFile, RecordedRestore, parse_manifest
+from hotstart.snapshot.manifest import File, Manifest, MemoryFile, RecordedRestore, WeightFile, parse_manifest
 from hotstart.snapshot.workingset import WORKING_SET, WorkingSet, parse_working_set, split_at
-from hotstart.store.content import Extent, decode_index, digest_of, encode_index
+from hotstart.store.content import Extent, decode_index, digest_of, encode_index, without
 from hotstart.store.digesting import (
     Progress,
     data_spans,
@@ -30,6 +31,9 @@ from hotstart.store.digesting import (
 )
 from hotstart.store.durable import sync, write_durably
 from hotstart.store.memoryfolders import SPILLED, MemoryFolders, identity
+
+if TYPE_CHECKING:
+    from hotstart.store.weights import WeightSearch
 
 MANIFEST = "manifest.json"
 SEALS = "seals.json"
@@ -81,6 +85,10 @@ class LocalSnapshot(Struct):
                 return decode_index(f.read(), memory.data_end)
         except OSError as e:
             raise Damaged(f"{memory.index!r} of snapshot {self.manifest.name} cannot be read: {e.strerror}") from e
+
+    def weights(self) -> list[tuple[WeightFile, list[Extent]]]:
+        """Return the weight files, and which chunks they have in common with memory. Raises Damaged."""
+        return weights_in(self.manifest, self.path)
 
     # -- what the cache knows of it
 
@@ -221,24 +229,51 @@ class LocalSnapshot(Struct):
     def digest_memory(self, progress: Progress, working_set: WorkingSet | None = None) -> None:
         """Digest the memory files on the disk and write their indexes. Only seals vouched until now.
 
-        No chunk has both what is in the working set and what is not: else all of it would have to come before the first answer.
+        What weight files have, too, are chunks of its own. Of the rest no chunk has both what is in the working set and what is
+        not: else all of it would have to come before the first answer.
         """
         self.spill()
         former = self.digest()
-        files, memories = list(self.manifest.files), []
-        for i, memory in enumerate(self.manifest.memory):
-            index = f"memory-{i}.index"
-            with open(self.memory_path(memory.name), "rb") as f, mapped(f.fileno(), memory.data_end) as data:
-                spans = split_at(data_spans(f.fileno(), memory.data_end), working_set.borders(i) if working_set else ())
-                extents = digest_spans(data, spans, progress)
-                os.fsync(f.fileno())
+        indexes: dict[str, list[Extent]] = {}
+        memories = []
+        common: list[dict[int, Extent]] = [{} for _ in self.manifest.weights]
+        with self._weight_search() as search:
+            for i, memory in enumerate(self.manifest.memory):
+                index = f"memory-{i}.index"
+                with open(self.memory_path(memory.name), "rb") as f, mapped(f.fileno(), memory.data_end) as data:
+                    spans = data_spans(f.fileno(), memory.data_end)
+                    matches = search.find(data, spans) if search else []
+                    chunks = [(m.offset, m.length) for m in matches]
+                    spans = without(spans, chunks) if chunks else spans
+                    spans = split_at(spans, working_set.borders(i) if working_set else ())
+                    extents = digest_spans(data, spans, progress, chunks)
+                    os.fsync(f.fileno())
+                digests = {e.offset: e.digest for e in extents} if matches else {}
+                for m in matches:
+                    common[m.file][m.file_offset] = Extent(m.file_offset, m.length, digests[m.offset])
+                indexes[index] = extents
+                memories.append(structs.replace(memory, index=index, data_bytes=sum(e.length for e in extents)))
+        weights = []
+        for i, (weight_file, found) in enumerate(zip(self.manifest.weights, common, strict=True)):
+            if found:
+                index = f"weights-{i}.index"
+                indexes[index] = [found[offset] for offset in sorted(found)]
+                weights.append(structs.replace(weight_file, index=index))
+        for index, extents in indexes.items():
             write_durably(self.path(index), encode_index(extents))
-            files = [file for file in files if file.path != index]
-            files.append(describe_file(self.folder, index))
-            memories.append(structs.replace(memory, index=index, data_bytes=sum(e.length for e in extents)))
+        files = [file for file in self.manifest.files if file.path not in indexes]
+        files += [describe_file(self.folder, index) for index in indexes]
         for file in files:
             sync(self.path(file.path))
-        self.replace_manifest(structs.replace(self.manifest, files=tuple(files), memory=tuple(memories)), former)
+        manifest = structs.replace(self.manifest, files=tuple(files), memory=tuple(memories), weights=tuple(weights))
+        self.replace_manifest(manifest, former)
+
+    def _weight_search(self) -> AbstractContextManager[WeightSearch | None]:
+        if not self.manifest.weights:
+            return nullcontext()
+        from hotstart.store.weights import WeightSearch
+
+        return WeightSearch(self.manifest.weights)
 
     def record(self, recorded: RecordedRestore, working_set: WorkingSet) -> None:
         """Remember what the first restore took, and what it touched."""
@@ -265,6 +300,20 @@ class LocalSnapshot(Struct):
         self.manifest, self.document = manifest, manifest.to_bytes()
         self.seal(former_digest)
         write_durably(self.path(MANIFEST), self.document)
+
+
+def weights_in(manifest: Manifest, path_of: Callable[[str], str]) -> list[tuple[WeightFile, list[Extent]]]:
+    """Read the indexes of weight files that are laid out. Raises Damaged."""
+    found = []
+    for weight_file in manifest.weights:
+        if weight_file.index:
+            try:
+                with open(path_of(weight_file.index), "rb") as f:
+                    found.append((weight_file, decode_index(f.read(), weight_file.size_bytes)))
+            except OSError as e:
+                problem = f"{weight_file.index[:80]!r} of snapshot {manifest.name} cannot be read: {e.strerror}"
+                raise Damaged(problem) from e
+    return found
 
 
 class LocalSnapshots:

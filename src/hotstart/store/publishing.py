@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -20,10 +20,10 @@ from typing import Protocol
 from msgspec import Struct
 
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound, Refused
-from hotstart.snapshot.manifest import MOST_CHUNK_BYTES, Manifest
+from hotstart.snapshot.manifest import MOST_CHUNK_BYTES, Manifest, WeightFile
 from hotstart.snapshot.workingset import Span, parse_working_set
 from hotstart.store.buffers import Buffers
-from hotstart.store.content import PAGE_BYTES, digest_of
+from hotstart.store.content import PAGE_BYTES, Extent, digest_of
 from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.leases import COLLECT, PUSH, Lease
 from hotstart.store.local import LocalSnapshot
@@ -31,6 +31,7 @@ from hotstart.store.ordering import set_first
 from hotstart.store.packs import PACK_BYTES, Codec, Encoded, Pack, Place, packs_of, read_pack_table
 from hotstart.store.port import Bytes, Missing
 from hotstart.store.repository import Published, Repository
+from hotstart.store.weights import left_out
 
 WRITERS = 3
 BATCH_BYTES = 4 << 20
@@ -40,12 +41,16 @@ PEAK_BYTES = int((WRITERS + 1) * PACK_BYTES / _KEPT_PART) + 4 * (os.cpu_count() 
 
 
 class Piece(Struct, frozen=True):
-    """A chunk of the snapshot that is pushed: digest, length, how to read it, and how to read it into memory of that length."""
+    """A chunk of the snapshot that is pushed: digest, length, how to read it, and how to read it into memory of that length.
+
+    `apart`: it goes to packs of such chunks alone: weights, which whoever has the model's files does not read.
+    """
 
     digest: str
     length: int
     read: Callable[[], Bytes]
     read_into: Callable[[memoryview], int] | None = None
+    apart: bool = False
 
 
 class Source(Protocol):
@@ -93,9 +98,11 @@ class LocalSource:
         fds = [self._open(self._local.memory_path(m.name)) for m in memory]
         extents = [self._local.extents(m) for m in memory]
         touched = self._local.working_set()
-        for number, extent in set_first(extents, touched.memory if touched else ()):
+        for number, extent, apart in _weights_last(
+            self.manifest, self._local.weights(), set_first(extents, touched.memory if touched else ())
+        ):
             self.require()
-            yield _piece_of(fds[number], extent.digest, extent.offset, extent.length)
+            yield _piece_of(fds[number], extent.digest, extent.offset, extent.length, apart=apart)
 
     def _open(self, path: str) -> int:
         try:
@@ -107,8 +114,23 @@ class LocalSource:
         return fd
 
 
-def _piece_of(fd: int, digest: str, at: int, length: int) -> Piece:
-    return Piece(digest, length, partial(os.pread, fd, length, at), lambda memory: os.preadv(fd, [memory], at))
+def _piece_of(fd: int, digest: str, at: int, length: int, *, apart: bool = False) -> Piece:
+    return Piece(digest, length, partial(os.pread, fd, length, at), lambda memory: os.preadv(fd, [memory], at), apart)
+
+
+def _weights_last(
+    manifest: Manifest, weights: Sequence[tuple[WeightFile, Sequence[Extent]]], extents: Iterable[tuple[int, Extent]]
+) -> Iterator[tuple[int, Extent, bool]]:
+    """Give extents, those last that weight files have, too, and whether they are such; without those that are left out."""
+    theirs = {e.digest for _, found in weights for e in found}
+    missing = left_out(manifest, weights)
+    last = []
+    for number, extent in extents:
+        if extent.digest not in theirs:
+            yield number, extent, False
+        elif extent.digest not in missing:
+            last.append((number, extent, True))
+    yield from last
 
 
 class StoredSource:
@@ -133,11 +155,13 @@ class StoredSource:
                     document = b"".join(self._repository.read_chunk(c.digest, self._places) for c in file.chunks)
                     touched = parse_working_set(document).memory
         extents = self._repository.extents_of(self.manifest, self._places)
-        for _, extent in set_first([extents[m.name] for m in self.manifest.memory], touched):
-            yield self._piece(extent.digest, extent.length)
+        weights = self._repository.weights_of(self.manifest, self._places)
+        in_order = set_first([extents[m.name] for m in self.manifest.memory], touched)
+        for _, extent, apart in _weights_last(self.manifest, weights, in_order):
+            yield self._piece(extent.digest, extent.length, apart=apart)
 
-    def _piece(self, digest: str, length: int) -> Piece:
-        return Piece(digest, length, partial(self._repository.read_chunk, digest, self._places))
+    def _piece(self, digest: str, length: int, *, apart: bool = False) -> Piece:
+        return Piece(digest, length, partial(self._repository.read_chunk, digest, self._places), apart=apart)
 
 
 def publish(source: Source, repository: Repository, progress: Progress = no_progress) -> int:
@@ -314,7 +338,12 @@ class _Packer:
         used: set[str] = set()
         batch: list[Piece] = []
         size = 0
+        apart = False
         for piece in pieces:
+            if piece.apart != apart:
+                self._submit(batch)
+                batch, size, apart = [], 0, piece.apart
+                self._finish_pack()
             if piece.digest in used:
                 self._progress(piece.length)
                 continue
@@ -328,9 +357,7 @@ class _Packer:
                 self._submit(batch)
                 batch, size = [], 0
         self._submit(batch)
-        while self._encoding:
-            self._fill(self._encoding.popleft().result())
-        self._write_pack()
+        self._finish_pack()
         while self._writing:
             self._collect(self._writing.popleft())
         return used
@@ -370,6 +397,11 @@ class _Packer:
             if self._pack.full:
                 self._write_pack()
         self._progress(sum(c.length for c in chunks))
+
+    def _finish_pack(self) -> None:
+        while self._encoding:
+            self._fill(self._encoding.popleft().result())
+        self._write_pack()
 
     def _write_pack(self) -> None:
         if self._pack.empty:

@@ -6,7 +6,7 @@ A pull that was killed goes on where it stopped: what lies in its folder is comp
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -17,10 +17,11 @@ from hotstart.snapshot.manifest import Manifest, MemoryFile
 from hotstart.store.content import Extent, decode_index, digest_of
 from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.leases import PULL, Lease
-from hotstart.store.local import LocalSnapshot, LocalSnapshots, PartialPull
+from hotstart.store.local import LocalSnapshot, LocalSnapshots, PartialPull, weights_in
 from hotstart.store.packs import Place
-from hotstart.store.port import Missing
+from hotstart.store.port import Bytes, Missing
 from hotstart.store.repository import Published, Repository
+from hotstart.store.weights import Nearby, left_out, not_as_it_was
 
 READERS = 6
 RANGE_BYTES = 8 << 20
@@ -74,24 +75,35 @@ def plan_runs(wanted: Iterable[str], places: Mapping[str, Place], range_bytes: i
 
 
 def pull(
-    name: str, repository: Repository, snapshots: LocalSnapshots, progress: Progress = no_progress
+    name: str,
+    repository: Repository,
+    snapshots: LocalSnapshots,
+    progress: Progress = no_progress,
+    weight_folders: Sequence[str] = (),
 ) -> LocalSnapshot:
     """Make a local snapshot of a published one. Raises NotFound, Refused, Damaged.
 
-    Of several that pull one snapshot at once, here or in other processes, one does and the others wait for it.
+    What a weight file of this machine has is read there: where it was, or in `weight_folders`. Of several that pull one snapshot at
+    once, here or in other processes, one does and the others wait for it.
     """
     found = repository.find(name)
     try:
         with snapshots.begin_pull(name, found.digest) as partial:
-            return partial.done or _pull(found, repository, partial, progress)
+            return partial.done or _pull(found, repository, partial, progress, weight_folders)
     except OSError as e:
         raise HotstartError(f"snapshot {name} cannot be laid out here: {e.strerror or e}") from e
 
 
-def _pull(found: Published, repository: Repository, partial: PartialPull, progress: Progress) -> LocalSnapshot:
+def _pull(
+    found: Published,
+    repository: Repository,
+    partial: PartialPull,
+    progress: Progress,
+    weight_folders: Sequence[str],
+) -> LocalSnapshot:
     with leased(repository, found.digest) as lease:
         try:
-            return _lay_out(found, repository, partial, lease, progress)
+            return _lay_out(found, repository, partial, lease, progress, weight_folders)
         except Damaged:
             partial.forget()
             repository.digest_named(found.manifest.name)  # raises NotFound if it was removed before our lease was seen
@@ -114,12 +126,14 @@ def _lay_out(
     partial: PartialPull,
     lease: Lease | None,
     progress: Progress,
+    weight_folders: Sequence[str],
 ) -> LocalSnapshot:
     places = repository.places_of(found.digest)
     with ExitStack() as stack:
         fds = lay_out_files(found.manifest, repository, places, partial, lease, stack, progress)
         memory = open_memory(found.manifest, partial, stack)
-        transfer = _Transfer(repository, places, lease, progress)
+        nearby = stack.enter_context(open_nearby(found.manifest, partial, weight_folders))
+        transfer = _Transfer(repository, nearby.places(places), lease, progress, nearby)
         stack.callback(transfer.close)
         wanted: Wanted = {}
         for fd, extents in memory:
@@ -165,6 +179,13 @@ def open_memory(manifest: Manifest, partial: PartialPull, stack: ExitStack) -> l
     ]
 
 
+def open_nearby(manifest: Manifest, partial: PartialPull, weight_folders: Sequence[str]) -> Nearby:
+    """Return what weight files of this machine have. Raises Damaged; Refused if one is not here that alone has something."""
+    nearby = Nearby(weights_in(manifest, partial.file_path), weight_folders)
+    nearby.require(manifest.name)
+    return nearby
+
+
 def settle_files(fds: Iterable[int]) -> None:
     """Make files durable and read-only, before they are sealed: from then on nobody reads them again."""
     for fd in fds:
@@ -198,9 +219,15 @@ class _Transfer:
     """Threads that read ranges of packs, verify chunks and write them where they belong."""
 
     def __init__(
-        self, repository: Repository, places: Mapping[str, Place], lease: Lease | None, progress: Progress
+        self,
+        repository: Repository,
+        places: Mapping[str, Place],
+        lease: Lease | None,
+        progress: Progress,
+        nearby: Nearby | None = None,
     ) -> None:
         self._repository, self._places, self._lease, self._progress = repository, places, lease, progress
+        self._nearby = nearby
         self._threads = ThreadPoolExecutor(READERS)
 
     def want(self, wanted: Wanted, digest: str, length: int, target: Target) -> None:
@@ -234,23 +261,47 @@ class _Transfer:
         return rest
 
     def _read(self, run: Run, wanted: Wanted) -> int:
+        written, left = 0, []
+        for digest, place in run.chunks:
+            near = self._nearby.read(digest) if self._nearby else None
+            if near is None:
+                left.append((digest, place))
+            else:
+                written += _write(near, wanted[digest])
+        if not left:
+            return written
+        run = run_of(left)
+        if not run.pack:
+            raise not_as_it_was(left[0][0])
         try:
             data = memoryview(self._repository.store.read(f"packs/{run.pack}", run.start, run.length))
         except Missing as e:
             raise Damaged(f"pack {run.pack[:12]} is gone from the store") from e
-        written = 0
         for digest, place in run.chunks:
             at = place.position - run.start
             chunk = self._repository.open_chunk(digest, place, data[at : at + place.stored_bytes])
-            for target in wanted[digest]:
-                if os.pwrite(target.fd, chunk, target.offset) != len(chunk):
-                    raise OSError(28, os.strerror(28))
-                written += len(chunk)
+            written += _write(chunk, wanted[digest])
         return written
 
     def close(self) -> None:
         """End the threads; what they had not begun is dropped."""
         self._threads.shutdown(cancel_futures=True)
+
+
+def run_of(chunks: Sequence[tuple[str, Place]]) -> Run:
+    """Return the run of some chunks of one pack, in the order of positions."""
+    start = chunks[0][1].position
+    end = max(place.position + place.stored_bytes for _, place in chunks)
+    return Run(chunks[0][1].pack, start, end - start, tuple(chunks))
+
+
+def _write(chunk: Bytes, targets: Iterable[Target]) -> int:
+    written = 0
+    for target in targets:
+        if os.pwrite(target.fd, chunk, target.offset) != len(chunk):
+            raise OSError(28, os.strerror(28))
+        written += len(chunk)
+    return written
 
 
 def has_data(fd: int, offset: int) -> bool:
@@ -261,14 +312,28 @@ def has_data(fd: int, offset: int) -> bool:
         return False
 
 
-def verify_stored(repository: Repository, name: str, progress: Progress = no_progress) -> int:
-    """Read and verify everything that a published snapshot consists of; return its bytes. Raises NotFound, Damaged."""
+def verify_stored(
+    repository: Repository, name: str, progress: Progress = no_progress, weight_folders: Sequence[str] = ()
+) -> int:
+    """Read and verify everything that a published snapshot consists of; return its bytes. Raises NotFound, Refused, Damaged.
+
+    What was left out of the store is read from the weight files.
+    """
     found = repository.find(name)
     places = repository.places_of(found.digest)
     chunks = {c.digest: c.length for file in found.manifest.files for c in file.chunks}
     for extents in repository.extents_of(found.manifest, places).values():
         chunks |= {e.digest: e.length for e in extents}
-    bad = damaged_chunks(repository, chunks, places, progress)
+    weights = repository.weights_of(found.manifest, places)
+    elsewhere = left_out(found.manifest, weights) & chunks.keys()
+    bad = damaged_chunks(repository, {d: n for d, n in chunks.items() if d not in elsewhere}, places, progress)
+    with Nearby(weights, weight_folders) as nearby:
+        if elsewhere:
+            nearby.require(name)
+        for digest in elsewhere:
+            if nearby.read(digest) is None:
+                bad[digest] = "the weight file has other bytes there by now"
+            progress(chunks[digest])
     if bad:
         digest, reason = next(iter(bad.items()))
         raise Damaged(f"snapshot {name}: {reason} ({len(bad)} of {len(chunks)} chunks; the first is {digest[:12]})")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from hotstart.errors import Damaged, NotFound
-from hotstart.snapshot.manifest import Manifest, parse_manifest
+from hotstart.snapshot.manifest import Manifest, WeightFile, parse_manifest
 from hotstart.store.content import Extent, decode_index, digest_of
 from hotstart.store.leases import Leases
 from hotstart.store.packs import NOT_SEALED, Cipher, Codec, Place, Sealing, decode_places, encode_places, open_chunk
@@ -184,6 +184,16 @@ class Repository:
                 raise Damaged(f"memory file {memory.name[:80]!r} has no index")
             index = b"".join(self.read_chunk(c.digest, places) for c in files[memory.index].chunks)
             found[memory.name] = decode_index(index, memory.data_end)
+        return found
+
+    def weights_of(self, manifest: Manifest, places: Mapping[str, Place]) -> list[tuple[WeightFile, list[Extent]]]:
+        """Read the indexes of a published snapshot's weight files. Raises Damaged."""
+        files = {f.path: f for f in manifest.files}
+        found = []
+        for weight_file in manifest.weights:
+            if weight_file.index:
+                index = b"".join(self.read_chunk(c.digest, places) for c in files[weight_file.index].chunks)
+                found.append((weight_file, decode_index(index, weight_file.size_bytes)))
         return found
 
     # ---- documents: small objects that may hold secrets, encrypted where packs are

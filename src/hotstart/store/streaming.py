@@ -22,7 +22,7 @@ from hotstart.store.content import Extent, digest_of
 from hotstart.store.ordering import in_order, overlapping
 from hotstart.store.packs import Place
 from hotstart.store.port import Bytes, Missing
-from hotstart.store.pulling import GAP_BYTES, RANGE_BYTES, Run, Target, has_data, plan_runs
+from hotstart.store.pulling import GAP_BYTES, RANGE_BYTES, Run, Target, has_data, plan_runs, run_of
 from hotstart.store.repository import Repository
 
 READERS = 6
@@ -69,12 +69,14 @@ class Streaming:
         elsewhere: Callable[[str, int], Bytes],
         arrived: Callable[[int, int, int], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
+        nearby: Callable[[str], Bytes | None] = lambda _: None,
     ) -> None:
         """`elsewhere` gets a chunk that the store has not in order (digest, length), or raises; `arrived` hears of each part of the
-        working set (number of the file, offset, length). Raises Damaged for a chunk without a place.
+        working set (number of the file, offset, length); `nearby` gives chunks that need not be fetched. Raises Damaged for a
+        chunk without a place.
         """
         self._repository, self._places, self._files = repository, places, files
-        self._elsewhere, self._arrived, self._clock = elsewhere, arrived, clock
+        self._elsewhere, self._arrived, self._clock, self._nearby = elsewhere, arrived, clock, nearby
         self._starts = [[e.offset for e in file.extents] for file in files]
         self._targets: dict[str, list[tuple[int, Extent]]] = {}
         for number, file in enumerate(files):
@@ -213,6 +215,8 @@ class Streaming:
         if not run.chunks:
             return
         try:
+            if not run.pack:  # of a weight file that has other bytes by now
+                raise Missing("packs/")
             data = memoryview(self._repository.store.read(f"packs/{run.pack}", run.start, run.length))
         except Missing:
             data = memoryview(b"")  # of each chunk another store may have a good copy
@@ -234,18 +238,25 @@ class Streaming:
                 self._settle(digest, "")
 
     def _without_what_lies_here(self, run: Run) -> Run:
-        """Leave out what an interrupted pull has got."""
+        """Leave out what an interrupted pull has got, and what is read nearby."""
         left = []
         for digest, place in run.chunks:
             targets = [Target(self._files[n].fd, e.offset) for n, e in self._targets[digest]]
-            if all(_holds(target, digest, place.length) for target in targets):
+            if all(_holds(target, digest, place.length) for target in targets) or self._is_nearby(digest):
                 self._settle(digest, "")
             else:
                 left.append((digest, place))
-        if not left:
-            return Run(run.pack, run.start, 0, ())
-        start = left[0][1].position
-        return Run(run.pack, start, left[-1][1].position + left[-1][1].stored_bytes - start, tuple(left))
+        return run_of(left) if left else Run(run.pack, run.start, 0, ())
+
+    def _is_nearby(self, digest: str) -> bool:
+        chunk = self._nearby(digest)
+        if chunk is None:
+            return False
+        try:
+            self._write(digest, chunk)
+        except OSError:  # it will be fetched, and that tells
+            return False
+        return True
 
     def _write(self, digest: str, chunk: Bytes) -> None:
         for number, extent in self._targets[digest]:

@@ -7,11 +7,15 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
+from glob import escape, glob
 
 from hotstart.adapters.linux.procfs import mapped_files
+from hotstart.errors import BadUsage
 from hotstart.restore.plan import FileFact
-from hotstart.snapshot.manifest import HostFingerprint, NeededFile
+from hotstart.snapshot.manifest import HostFingerprint, NeededFile, WeightFile
 from hotstart.snapshot.worker import PRIVATE_FOLDERS
+
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf")  # of files that are taken for weights without being named
 
 
 @cache
@@ -107,6 +111,24 @@ def needed_files(pids: Iterable[int], host_folders: tuple[str, ...]) -> tuple[Ne
         if stat.S_ISREG(st.st_mode) and not path.startswith(("/proc/", "/sys/", "/dev/")):
             needs.append(NeededFile(path, st.st_size, st.st_mtime_ns))
     return tuple(needs)
+
+
+def weight_files(named: Iterable[str], needs: Iterable[NeededFile], *, stored: bool) -> tuple[WeightFile, ...]:
+    """List the files that memory is compared with: those that are named, the safetensors files of folders that are, and those
+    of the needed ones that hold weights by their name. Raises BadUsage for what is not there.
+    """
+    paths: list[str] = []
+    for path in named:
+        found = sorted(glob(f"{escape(path)}/*.safetensors")) if os.path.isdir(path) else [path]
+        if not found:
+            raise BadUsage(f"--weights {path}: there is no safetensors file in it")
+        for file in found:
+            if not os.path.isfile(file):
+                raise BadUsage(f"--weights {file}: there is no such file")
+        paths += map(os.path.abspath, found)
+    paths += [need.path for need in needs if need.path.endswith(_WEIGHT_SUFFIXES) and os.path.isfile(need.path)]
+    sizes = {path: os.stat(path).st_size for path in paths}
+    return tuple(WeightFile(path, size, stored=stored) for path, size in sizes.items() if size)
 
 
 def _listed(folder: str) -> list[str]:
