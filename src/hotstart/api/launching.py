@@ -142,7 +142,7 @@ class LocalLauncher:
         if local and recipe.model.snapshot == AUTO and manifest.recorded is None:
             hotstart.remove_snapshot(name)  # whoever made it was killed before it was tried
             return None
-        node = hotstart.node_facts(manifest)
+        node = hotstart.node_facts(manifest, time.monotonic())
         plan = make_plan(manifest, node)
         if lasting := [reason for reason in plan.refusals if reason != why_no_room(manifest, node)]:
             raise Refused(f"snapshot {name} cannot be restored here: {'; '.join(lasting)}")
