@@ -26,6 +26,8 @@ COMMANDS = {
     "stop": ("stop", "end workers and replicas"),
     "rm": ("rm", "forget workers and replicas that have ended"),
     "keys": ("keys", "new, ls, trust, distrust, policy, rotate: who may make snapshots, and who can read them"),
+    "operator": ("operator", "the controllers and the admission webhook, on Kubernetes"),
+    "k8s": ("k8s", "Hotstart on a Kubernetes cluster: install, status"),
     "bench": ("bench", "cold start, plain CRIU and Hotstart side by side"),
 }
 

@@ -11,7 +11,6 @@ API_VERSION = f"{GROUP}/{VERSION}"
 # Annotations of pods.
 RESTORE_FROM = f"{GROUP}/restore-from"  # a Snapshot in the pod's namespace; the only one that a user writes
 CONTAINER = f"{GROUP}/container"  # which container is the worker; else the first
-ORIGINAL_COMMAND = f"{GROUP}/original-command"  # JSON list: what a cold start runs
 RECEIPT = f"{GROUP}/receipt"  # short JSON: what the restore took
 
 # Labels of pods. The first is on every pod that is ours in any way, so that one watch finds them all.
@@ -19,7 +18,8 @@ SNAPSHOT = f"{GROUP}/snapshot"
 PLACEHOLDER = f"{GROUP}/placeholder"
 SOURCE_OF = f"{GROUP}/source-of"
 WARM_POOL = f"{GROUP}/warmpool"
-CLAIMED = f"{GROUP}/claimed"
+CLAIMED = f"{GROUP}/claimed"  # any value: whoever set it has the pod
+ENDING = f"{GROUP}/ending"  # the pool is about to delete it
 
 # Labels of nodes.
 NODE_FINGERPRINT = f"{GROUP}/fingerprint"
@@ -32,6 +32,11 @@ FINALIZER = f"{GROUP}/bytes"
 PENDING, CAPTURING, READY, FAILED, DELETING = "Pending", "Capturing", "Ready", "Failed", "Deleting"
 
 _LONGEST_STORE_NAME = 64
+
+
+def agent_lease(node: str) -> str:
+    """Return the name of the Lease, in our own namespace, by which the agent of a node says that it lives."""
+    return f"hotstart-agent-{node}"
 
 
 def store_name(namespace: str, name: str) -> str:
