@@ -30,15 +30,11 @@ class LightkubeCluster:
     """The cluster that this process runs in, else that of $KUBECONFIG."""
 
     def __init__(self) -> None:
-        try:
-            from lightkube import Client
-            from lightkube.core.exceptions import ConfigError
-        except ImportError as e:
-            raise MachineLacks("the operator needs lightkube: install hotstart[k8s]") from e
-        try:
-            self._client: Any = Client(field_manager="hotstart-operator")
-        except ConfigError as e:
-            raise MachineLacks(f"no cluster is configured ({e}): set KUBECONFIG") from e
+        self._client = _connect()
+
+    def close(self) -> None:
+        """Close all connections but those of watches."""
+        self._client.close()
 
     def get(self, kind: Kind, namespace: str | None, name: str) -> Object:
         """Return an object."""
@@ -58,17 +54,21 @@ class LightkubeCluster:
         self, kind: Kind, version: str, selector: str | None = None, namespace: str | None = None
     ) -> Iterator[tuple[str, Object]]:
         """Yield changes; lightkube asks again when the server ends a watch in time."""
-        changes = _translated(
-            lambda: self._client.watch(
-                _resource(kind),
-                resource_version=version,
-                server_timeout=_WATCH_S,
-                **_selected(kind, selector, namespace),
+        client = _connect()  # of its own: lightkube does not give the connection of a watch back to the others
+        try:
+            changes = _translated(
+                lambda: client.watch(
+                    _resource(kind),
+                    resource_version=version,
+                    server_timeout=_WATCH_S,
+                    **_selected(kind, selector, namespace),
+                )
             )
-        )
-        while (change := _translated(lambda: next(changes, None))) is not None:
-            what, obj = change
-            yield what, _plain(kind, obj)
+            while (change := _translated(lambda: next(changes, None))) is not None:
+                what, obj = change
+                yield what, _plain(kind, obj)
+        finally:
+            client.close()
 
     def create(self, kind: Kind, obj: Object) -> Object:
         """Create an object."""
@@ -92,6 +92,18 @@ class LightkubeCluster:
 
     def _asked(self, kind: Kind, ask: Callable[[], Any]) -> Object:
         return _plain(kind, _translated(ask))
+
+
+def _connect() -> Any:
+    try:
+        from lightkube import Client
+        from lightkube.core.exceptions import ConfigError
+    except ImportError as e:
+        raise MachineLacks("the operator needs lightkube: install hotstart[k8s]") from e
+    try:
+        return Client(field_manager="hotstart-operator")
+    except ConfigError as e:
+        raise MachineLacks(f"no cluster is configured ({e}): set KUBECONFIG") from e
 
 
 @cache
