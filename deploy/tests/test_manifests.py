@@ -6,10 +6,13 @@ import helm_python
 import kubernetes_validate
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deploy.generate.__main__ import CHART, DEPLOY, generated
 from deploy.generate.schemas import definitions
 from hotstart.operator.manifests import AGENT_CAPABILITIES, VALUES, custom_resources, render, with_value
+from hotstart.operator.yamltext import to_yaml
 
 OBJECTS = render(VALUES, "hotstart-system", custom_resources())
 
@@ -118,3 +121,21 @@ def test_a_webhook_that_is_down_holds_up_nobody():
     assert hook["failurePolicy"] == "Ignore"
     assert hook["timeoutSeconds"] <= 5
     assert hook["sideEffects"] == "None"
+
+
+DATA = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text("aA1-:#/. \n'\"~ö", max_size=6), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@given(DATA)
+def test_what_is_written_as_yaml_is_read_back(data):
+    assert yaml.safe_load(to_yaml(data)) == data

@@ -51,10 +51,15 @@ def _entry(head: str, item: Any, depth: int, other: Callable[[Any], str]) -> lis
 
 def _scalar(value: Any, other: Callable[[Any], str]) -> str:
     if isinstance(value, str):
-        return value if _PLAIN.fullmatch(value) and value.lower() not in _WORDS else json.encode(value).decode()
+        return value if _PLAIN.fullmatch(value) and value.lower() not in _WORDS else _quoted(value)
     if value is None or isinstance(value, bool | int | float | dict | list):
         return json.encode(value).decode()
     return other(value)
+
+
+def _quoted(text: str) -> str:
+    """JSON's string is YAML's, but for characters that YAML wants escaped and JSON does not."""
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.encode(text).decode())
 
 
 def _refuse(value: Any) -> str:
