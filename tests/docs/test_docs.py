@@ -27,7 +27,7 @@ SOURCE = ROOT / "src" / "hotstart"
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCS]
 SHELL = {"sh", "text", ""}
-GROUPS = ("snapshot", "keys")  # commands of two words
+GROUPS = ("snapshot", "keys", "k8s")  # commands of two words
 
 # Where the documents list the fields of a value: document, heading, the value's class.
 FIELDS = [
@@ -131,7 +131,7 @@ def commands() -> tuple[str, ...]:
     """Every command, those of a group with their two words."""
 
     def listed(command: str) -> list[str]:
-        return re.findall(r"^  ([a-z]+)  +\S", help_of(command), re.MULTILINE)
+        return re.findall(r"^  ([a-z][a-z0-9]*)  +\S", help_of(command), re.MULTILINE)
 
     return (*(c for c in listed("") if c not in GROUPS), *(f"{group} {c}" for group in GROUPS for c in listed(group)))
 
@@ -167,7 +167,7 @@ def test_every_command_and_option_that_is_named_exists(name):
         words = [word.strip("[]") for word in shlex.split(line.replace("'", ""))]
         while words and words[0] in ("--debug", "--help", "--version"):
             words.pop(0)
-        if not words or not re.fullmatch(r"[a-z]+", words[0]):
+        if not words or not re.fullmatch(r"[a-z][a-z0-9]*", words[0]):
             continue
         command = " ".join(words[:2]) if words[0] in GROUPS else words[0]
         if command in GROUPS:

@@ -27,6 +27,8 @@ COMMANDS = {
     "rm": ("rm", "forget workers and replicas that have ended"),
     "serve": ("serve", "gateway, autoscaling, dashboard, metrics: models from zero replicas to many and back"),
     "keys": ("keys", "new, ls, trust, distrust, policy, rotate: who may make snapshots, and who can read them"),
+    "operator": ("operator", "the controllers and the admission webhook, on Kubernetes"),
+    "k8s": ("k8s", "Hotstart on a Kubernetes cluster: install, status"),
     "bench": ("bench", "cold start, plain CRIU and Hotstart side by side"),
 }
 
