@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write a container image, without a registry and without a daemon: a docker archive of one layer.
 
-image.py OUT.tar NAME [--file SOURCE TARGET]... [--tree FOLDER] [--python] [--entry ARG]... [--env NAME=VALUE]...
+image.py OUT.tar NAME [--file SOURCE TARGET]... [--tree FOLDER] [--python] [--host] [--entry ARG]... [--env NAME=VALUE]...
+    --host     nothing but links into /usr, which pods mount from the node
     --python   this machine's Python: interpreter, standard library and the shared libraries that they need
 """
 
@@ -79,13 +80,18 @@ def main():
     options.add_argument("--file", nargs=2, action="append", default=[])
     options.add_argument("--tree")
     options.add_argument("--python", action="store_true")
+    options.add_argument("--host", action="store_true")
     options.add_argument("--entry", action="append")
     options.add_argument("--env", action="append", default=[])
     chosen = options.parse_args()
     path = f"{chosen.out}.layer"
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as layer:
         for folder in FOLDERS:
-            add_folder(layer, folder)
+            if not chosen.host or folder != "bin":
+                add_folder(layer, folder)
+        if chosen.host:
+            for name in ("bin", "sbin", "lib", "lib64"):
+                add_link(layer, name, f"usr/{name}")
         if chosen.python:
             add_python(layer)
         if chosen.tree:

@@ -26,6 +26,7 @@ COMMANDS = {
     "stop": ("stop", "end workers and replicas"),
     "rm": ("rm", "forget workers and replicas that have ended"),
     "keys": ("keys", "new, ls, trust, distrust, policy, rotate: who may make snapshots, and who can read them"),
+    "agent": ("agent", "the daemon of a Kubernetes node"),
     "bench": ("bench", "cold start, plain CRIU and Hotstart side by side"),
 }
 

@@ -84,6 +84,8 @@ static int filepack_unpack(int fd, char *problem, size_t problem_bytes)
 			return -1;
 		}
 		int bad = 0;
+		struct stat there; /* in a container the image may have something of another kind at that place */
+		if (r.type != 'D' && !lstat(path, &there) && !(r.type == 'F' && S_ISREG(there.st_mode))) unlink(path);
 		switch (r.type) {
 		case 'D': bad = mkdir(path, 0755) && errno != EEXIST; break;
 		case 'F': bad = filepack_file(path, &r, runs, p, end); break;

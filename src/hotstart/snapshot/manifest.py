@@ -104,6 +104,7 @@ class Manifest(Struct, frozen=True):
     oracle: Oracle | None = None
     recorded: RecordedRestore | None = None
     working_set: str | None = None
+    error_pipe: str | None = None
     format: str = FORMAT
     format_version: tuple[int, int] = (FORMAT_MAJOR, FORMAT_MINOR)
 

@@ -1,0 +1,1 @@
+"""Kubernetes: what our objects are called there, and its API server."""
