@@ -1,7 +1,6 @@
 import os
 import subprocess
 
-
 import pytest
 
 from tests.cluster import kube
