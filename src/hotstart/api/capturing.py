@@ -20,7 +20,7 @@ from hotstart.adapters.linux.traits import TraitsReader
 from hotstart.api.recording import restore_and_time, restore_and_watch, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError, MachineLacks, NotFound, Refused
-from hotstart.snapshot.capture import REGIONS, Captured, Dumper, FoldedProcess, Source, capture
+from hotstart.snapshot.capture import REGIONS, Captured, Dumper, FilePacker, FoldedProcess, Source, capture
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.layout import MEMORY_FOLDER, TAIL_BYTES, Placed
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
@@ -261,7 +261,7 @@ def _capture(
         snapshot=state.snapshot,
     )
     dumper = CriuDumper(hotstart_.criu(), enter_command, state.root_pid, (partial.lock_fd,))
-    return capture_tree(hotstart_, partial, name, captured, dumper, oracle, fold=options.fold)
+    return capture_tree(hotstart_, partial, name, captured, dumper, LinuxFilePacker(), oracle, fold=options.fold)
 
 
 def capture_tree(
@@ -270,6 +270,7 @@ def capture_tree(
     name: str,
     source: Tree,
     dumper: Dumper,
+    packer: FilePacker,
     oracle: Oracle | None,
     *,
     fold: bool,
@@ -291,7 +292,7 @@ def capture_tree(
         fold=fold,
         freezer=LinuxFreezer(traits),
         dumper=dumper,
-        packer=LinuxFilePacker(),
+        packer=packer,
         clock=time.monotonic,
         private_folders=source.private_folders,
     )

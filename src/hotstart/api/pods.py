@@ -18,7 +18,7 @@ from hotstart.adapters.criu.bundle import Bundle
 from hotstart.adapters.criu.dumper import CriuDumper
 from hotstart.adapters.criu.program import why_it_failed
 from hotstart.adapters.linux import podinit
-from hotstart.adapters.linux.capture import enter_command
+from hotstart.adapters.linux.capture import PodFilePacker, enter_command
 from hotstart.adapters.linux.host import file_facts
 from hotstart.adapters.linux.native import native_program
 from hotstart.adapters.linux.podinit import PodInit
@@ -100,9 +100,9 @@ class Pods:
 
     # ---- restoring
 
-    def plan(self, local: LocalSnapshot, pid: int) -> Plan:
+    def plan(self, local: LocalSnapshot, pid: int, asked: float) -> Plan:
         """Say what a restore into a container would do."""
-        facts = self._hotstart.node_facts(local.manifest)
+        facts = self._hotstart.node_facts(local.manifest, asked)
         files = file_facts(local.manifest.needs, f"/proc/{pid}/root")
         return make_plan(local.manifest, structs.replace(facts, files=files), 1)
 
@@ -114,7 +114,7 @@ class Pods:
         asked = time.monotonic()
         local = self._hotstart.local_snapshot(snapshot)
         manifest, spans = local.manifest, {}
-        plan = self.plan(local, init.pid)
+        plan = self.plan(local, init.pid, asked)
         if plan.refusals:
             raise Refused(f"snapshot {snapshot} cannot be restored here: {'; '.join(plan.refusals)}")
         if plan.prefetch:
@@ -267,7 +267,7 @@ class Pods:
                 (partial.lock_fd, bundle),
                 native_program("hotstart-podinit"),
             )
-            local, captured = capture_tree(hotstart, partial, name, source, dumper, oracle, fold=True)
+            local, captured = capture_tree(hotstart, partial, name, source, dumper, PodFilePacker(), oracle, fold=True)
             try:
                 note("digesting")
                 local.digest_memory(no_progress)

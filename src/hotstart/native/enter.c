@@ -323,7 +323,7 @@ static int run(int argc, char **argv)
 		make_folders(binds[i].target);
 		if (syscall(SYS_move_mount, tree[i], "", AT_FDCWD, binds[i].target, MOVE_MOUNT_F_EMPTY_PATH)) die(binds[i].target);
 	}
-	if (pack >= 0 && filepack_unpack(pack, problem, sizeof problem)) { errno = EINVAL; die(problem); }
+	if (pack >= 0 && filepack_unpack(pack, writable_root, problem, sizeof problem)) { errno = EINVAL; die(problem); }
 	for (int i = 0; i < n_copies; i++) copy_to(file[i], copies[i].target);
 	if (optind >= argc) return 0;
 	pid_t program = fork(); /* the first one in that pid namespace */

@@ -783,7 +783,7 @@ static void init(char **program, double began)
 	event("mounts", began, monotonic(), "");
 	if (opt.pack >= 0) {
 		began = monotonic();
-		if (filepack_unpack(opt.pack, problem, sizeof problem)) { errno = EINVAL; die(problem); }
+		if (filepack_unpack(opt.pack, 0, problem, sizeof problem)) { errno = EINVAL; die(problem); }
 		close(opt.pack);
 		event("files", began, monotonic(), "");
 	}
