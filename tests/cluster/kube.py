@@ -13,6 +13,11 @@ GROUP = "hotstart.dev"
 NODE = "n1"
 SCRIPT = ROOT / "scripts" / "cluster"
 _TIMEOUT_S = 120
+# The agent is no privileged container: what containerd gives every container, and what the DaemonSet adds.
+CAPABILITIES = (
+    "chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service net_raw sys_chroot mknod audit_write setfcap "
+    "sys_admin sys_ptrace sys_time net_admin"
+).split()
 
 
 def kubectl(*arguments, stdin=None, check=True):
@@ -151,10 +156,14 @@ class Agent:
             "HOTSTART_RUN": str(self._run),
             "POD_NAMESPACE": "default",
         }
+        bounds = ",".join(f"+{name}" for name in CAPABILITIES)
         hotstart = Path(sys.executable).parent / "hotstart"
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [SCRIPT, "exec", hotstart, "agent", "--node", NODE], env=environment, stdout=log, stderr=log
+                [SCRIPT, "exec", "setpriv", f"--bounding-set=-all,{bounds}", hotstart, "agent", "--node", NODE],
+                env=environment,
+                stdout=log,
+                stderr=log,
             )
         mark = self.log().count("is ready")
         until("the agent is ready", lambda: self.log().count("is ready") > mark or self._process.poll() is not None)

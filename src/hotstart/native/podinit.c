@@ -111,6 +111,17 @@ static void skip_pids(void)
 	}
 }
 
+/* Where nobody came to put the shim there the loader would complain of it in the worker's log. */
+static void leave_out_missing_shim(void)
+{
+	static const char shim[] = "/run/hotstart/shim.so";
+	const char *preload = getenv("LD_PRELOAD"), *rest;
+	if (!preload || strncmp(preload, shim, sizeof shim - 1) || !access(shim, R_OK)) return;
+	rest = preload + sizeof shim - 1;
+	if (*rest == ':') setenv("LD_PRELOAD", rest + 1, 1);
+	else unsetenv("LD_PRELOAD");
+}
+
 static void run_command(void)
 {
 	skip_pids();
@@ -122,6 +133,7 @@ static void run_command(void)
 		setsid();
 		prctl(PR_SET_CHILD_SUBREAPER, 1); /* orphans stay in the root's tree, which is what CRIU checkpoints */
 		hide_io_uring();
+		leave_out_missing_shim();
 		execvp(command[0], command);
 		fprintf(stderr, "%s: %s\n", command[0], strerror(errno));
 		_exit(errno == ENOENT ? 127 : 126);
