@@ -11,7 +11,7 @@ K8S := .k8s/bin
 NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
-.PHONY: help setup engine demo test test-long check lint format deploy bench bench-restore bench-store figures clean
+.PHONY: help setup engine demo test test-long test-cluster check lint format deploy bench bench-restore bench-store figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +24,7 @@ $(VENV)/.packages: scripts/install-packages
 
 $(VENV)/.set-up: $(VENV)/.packages pyproject.toml build_native.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,plots]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[k8s,plots,test]'
 	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes typing_extensions
 	@touch $@
 
@@ -46,8 +46,12 @@ test: compiled .k8s/.set-up ## all tests but the long ones
 	scripts/install-engine transformers
 	scripts/install-swift
 	scripts/install-programs
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long" --ignore tests/cluster
 	$(K8S)/pytest deploy/tests --ignore deploy/tests/test_on_a_cluster.py
+
+test-cluster: compiled ## pods on a real Kubernetes: that of KUBECONFIG, else one that is built and started for it
+	scripts/install-engine transformers
+	$(if $(KUBECONFIG),,scripts/cluster run) $(BIN)/pytest tests/cluster
 
 test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers
@@ -56,7 +60,7 @@ test-long: compiled ## soaks, fuzzing, big matrices
 	$(BIN)/pytest -m long
 
 check: lint ## format, lint, types, layers, fast tests
-	$(BIN)/pytest -q -m "not long and not criu"
+	$(BIN)/pytest -q -m "not long and not criu" --ignore tests/cluster
 
 lint: compiled .tools/.set-up .k8s/.set-up ## format, lint, types, import layers, manifests, Dockerfile
 	$(TOOLS)/ruff format --check src tests bench deploy build_native.py
@@ -99,4 +103,4 @@ figures: setup ## docs/benchmarks.md from what was measured last
 	$(BIN)/python -m bench.report --take
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .tools .k8s .engines out src/hotstart/native/bin .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tools .k8s .engines .cluster out src/hotstart/native/bin .mypy_cache .pytest_cache .ruff_cache

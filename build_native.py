@@ -18,6 +18,8 @@ PROGRAMS = {
     "hotstart-init": ["init.c", "-static"],
     "hotstart-fold": ["fold.c", "-static", "-pthread"],
     "hotstart-prefetch": ["prefetch.c", "-static", "-pthread"],
+    "hotstart-podinit": ["podinit.c", "-static"],
+    "hotstart-enter": ["enter.c", "-static"],
     "libhotstart-shim.so": ["shim.c", "-fPIC", "-shared"],
 }
 X86_ONLY = {"hotstart-fold"}  # elsewhere snapshots are taken with a plain dump

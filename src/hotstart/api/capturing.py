@@ -20,7 +20,7 @@ from hotstart.adapters.linux.traits import TraitsReader
 from hotstart.api.recording import restore_and_time, restore_and_watch, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError, MachineLacks, NotFound, Refused
-from hotstart.snapshot.capture import REGIONS, Captured, FoldedProcess, Source, capture
+from hotstart.snapshot.capture import REGIONS, Captured, Dumper, FilePacker, FoldedProcess, Source, capture
 from hotstart.snapshot.codec import encode
 from hotstart.snapshot.layout import MEMORY_FOLDER, TAIL_BYTES, Placed
 from hotstart.snapshot.manifest import File, Manifest, MemoryFile, Process
@@ -29,7 +29,7 @@ from hotstart.snapshot.quiesce import QuiesceStep
 from hotstart.snapshot.secrets import secret_names
 from hotstart.snapshot.tier import why_not_ram
 from hotstart.snapshot.warmup import Oracle, Request
-from hotstart.snapshot.worker import WorkerSpec
+from hotstart.snapshot.worker import PRIVATE_FOLDERS, WorkerSpec
 from hotstart.store.digesting import Progress, describe_file, no_progress
 from hotstart.store.local import LocalSnapshot, PartialSnapshot
 
@@ -226,6 +226,25 @@ def _choose_place(hotstart_: Hotstart, state: SandboxState, needed_bytes: int, *
         return _on_disk(hotstart_, state, f"{hotstart_.ram.path} cannot be made: {e.strerror}")
 
 
+class Tree(Struct, frozen=True):
+    """What is captured: host pids of the first process and of the root, the root's pid inside, what its stdout and stderr are.
+
+    Memory files go to `memory_folder`, inside MEMORY_FOLDER/`memory_id`. `snapshot` is the one that it is a replica of.
+    """
+
+    name: str
+    init_pid: int
+    host_root_pid: int
+    root_pid: int
+    worker: WorkerSpec
+    log_pipe: str
+    memory_id: str
+    memory_folder: str
+    error_pipe: str | None = None
+    snapshot: str | None = None
+    private_folders: tuple[str, ...] = PRIVATE_FOLDERS
+
+
 def _capture(
     hotstart_: Hotstart,
     partial: PartialSnapshot,
@@ -237,10 +256,37 @@ def _capture(
 ) -> tuple[LocalSnapshot, Captured]:
     root_pid = state.host_root_pid()
     _wait_for_pages(state.init_pid, root_pid)
-    pids = tree(root_pid)
     _require_whole_tree(state.init_pid, root_pid)
-    _require_no_obstacle(state.init_pid, pids)
-    host_folders = (*state.worker.visible, *state.worker.writable)
+    captured = Tree(
+        name=state.name,
+        init_pid=state.init_pid,
+        host_root_pid=root_pid,
+        root_pid=state.root_pid,
+        worker=state.worker,
+        log_pipe=state.log_pipe,
+        memory_id=place.memory_id,
+        memory_folder=place.folder,
+        snapshot=state.snapshot,
+    )
+    dumper = CriuDumper(hotstart_.criu(), enter_command, state.root_pid, (partial.lock_fd,))
+    return capture_tree(hotstart_, partial, name, captured, dumper, LinuxFilePacker(), oracle, fold=options.fold)
+
+
+def capture_tree(
+    hotstart_: Hotstart,
+    partial: PartialSnapshot,
+    name: str,
+    source: Tree,
+    dumper: Dumper,
+    packer: FilePacker,
+    oracle: Oracle | None,
+    *,
+    fold: bool,
+) -> tuple[LocalSnapshot, Captured]:
+    """Capture a tree and publish the snapshot here. Raises HotstartError, Refused, MachineLacks; the tree goes on."""
+    pids = tree(source.host_root_pid)
+    _require_no_obstacle(source.init_pid, pids)
+    host_folders = (*source.worker.visible, *source.worker.writable)
     needs = needed_files(pids, host_folders)
     weights = weight_files(options.weights, needs, stored=options.store_weights)
     logical = sum(memory_bytes(pid).get("Rss", 0) for pid in pids)
@@ -250,24 +296,25 @@ def _capture(
     traits = TraitsReader(os.path.join(hotstart_.home, "cache", "raw-callers.json"))
     traits.look_ahead(pids)
     captured = capture(
-        Source(state.init_pid, root_pid, place.folder, place.memory_id, generation),
+        Source(source.init_pid, source.host_root_pid, source.memory_folder, source.memory_id, generation),
         partial.folder,
-        fold=options.fold,
+        fold=fold,
         freezer=LinuxFreezer(traits),
-        dumper=CriuDumper(hotstart_.criu(), enter_command, state.root_pid, (partial.lock_fd,)),
-        packer=LinuxFilePacker(),
+        dumper=dumper,
+        packer=packer,
         clock=time.monotonic,
+        private_folders=source.private_folders,
     )
     memory = [
-        MemoryFile(f"{place.memory_id}/{p.memory_file}", p.layout.size_bytes, p.layout.data_end, p.copied_bytes, "")
+        MemoryFile(f"{source.memory_id}/{p.memory_file}", p.layout.size_bytes, p.layout.data_end, p.copied_bytes, "")
         for p in captured.folded
         if p.memory_file
     ]
     older = {p.pid: _memory_names({k.area.path for k in p.layout.kept}) for p in captured.folded} or mapped_before
-    memory += _older_memory(hotstart_, state, {name for names in older.values() for name in names})
+    memory += _older_memory(hotstart_, source, {name for names in older.values() for name in names})
     memory_file = {pid: min(names) for pid, names in older.items() if names}
     memory_file |= {
-        p.pid: f"{place.memory_id}/{file}" for p in captured.folded if (file := _memory_file_of(p, captured.folded))
+        p.pid: f"{source.memory_id}/{file}" for p in captured.folded if (file := _memory_file_of(p, captured.folded))
     }
     by_pid = {p.pid: p for p in captured.folded}
     _write_regions(os.path.join(partial.folder, REGIONS), captured)
@@ -275,14 +322,13 @@ def _capture(
         name=name,
         created_unix_s=int(time.time()),
         hotstart=hotstart.__version__,
-        worker=state.worker,
+        worker=source.worker,
         host=host_fingerprint(hotstart_.criu_version()),
-        root_pid=state.root_pid,
-        log_pipe=state.log_pipe,
+        root_pid=source.root_pid,
+        log_pipe=source.log_pipe,
+        error_pipe=source.error_pipe,
         processes=tuple(
-            _with_strategy(
-                process, by_pid.get(pid), memory_file.get(pid), captured.refused, asked_plain=not options.fold
-            )
+            _with_strategy(process, by_pid.get(pid), memory_file.get(pid), captured.refused, asked_plain=not fold)
             for pid, process in processes.items()
             if pid in by_pid or not by_pid  # else it ended before the tree stood still
         ),
@@ -314,7 +360,7 @@ def _memory_names(paths: set[str]) -> set[str]:
     }
 
 
-def _older_memory(hotstart_: Hotstart, state: SandboxState, names: set[str]) -> Iterator[MemoryFile]:
+def _older_memory(hotstart_: Hotstart, state: Tree, names: set[str]) -> Iterator[MemoryFile]:
     """Describe memory files of the snapshot that this worker is a replica of, and of earlier captures, that are still mapped.
 
     They are there for as long as a worker has them mapped, even if no snapshot names them any more.

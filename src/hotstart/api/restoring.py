@@ -155,7 +155,9 @@ class RestoringReplicas:
             copies.append((hotstart.kdat_path(), f"/run/{KDAT}"))
         spec = SandboxSpec(
             program=tuple(
-                hotstart.criu().restore_command(images_fd, work_fd, manifest.log_pipe, on_demand=self._plan.on_demand)
+                hotstart.criu().restore_command(
+                    images_fd, work_fd, {LOG_FD: manifest.log_pipe}, on_demand=self._plan.on_demand
+                )
             ),
             page_server=tuple(hotstart.criu().page_server_command(images_fd, work_fd)) if self._plan.on_demand else (),
             page_server_fd=work_fd,

@@ -32,13 +32,22 @@ _PYTHON_FOLDER = f"{SUPPORT_FOLDER}/python"
 _PYTHON_FILES = {"sitecustomize.py": "sitecustomize.py", "renewal.py": "hotstart_renewal.py"}
 
 
-def _environment(worker: WorkerSpec) -> dict[str, str]:
+def environment_inside(given: Mapping[str, str]) -> dict[str, str]:
+    """Return a worker's environment with what makes it a worker that can be mapped and renews itself."""
     first = {"LD_PRELOAD": f"{SUPPORT_FOLDER}/shim.so"}
-    if not worker.environment.get(KEEP_RANDOM):
+    if not given.get(KEEP_RANDOM):
         first["PYTHONPATH"] = _PYTHON_FOLDER
-    given = worker.environment
     ours = {name: f"{path}:{given[name]}" if given.get(name) else path for name, path in first.items()}
     return {**given, **ours, "HOTSTART_SANDBOX": "1"}
+
+
+def files_inside() -> tuple[tuple[str, str], ...]:
+    """Our files that every worker sees: (source, target)."""
+    return (
+        (native_program("libhotstart-shim.so"), f"{SUPPORT_FOLDER}/shim.so"),
+        *((_worker_file(name), f"{_PYTHON_FOLDER}/{inside}") for name, inside in _PYTHON_FILES.items()),
+        (os.devnull, UNFOLDED),
+    )
 
 
 def _worker_file(name: str) -> str:
@@ -89,7 +98,7 @@ class StartingWorker:
         spec = SandboxSpec(
             program=worker.command,
             cwd=worker.cwd,
-            environment=_environment(worker),
+            environment=environment_inside(worker.environment),
             root_pid=ROOT_PID,
             hostname=name,
             log_path=self.log_path,
@@ -99,11 +108,7 @@ class StartingWorker:
                 *worker_binds(worker),
                 Bind(os.path.join(memory_root, self.memory_id), f"{MEMORY_FOLDER}/{self.memory_id}"),
             ),
-            copies=(
-                (native_program("libhotstart-shim.so"), f"{SUPPORT_FOLDER}/shim.so"),
-                *((_worker_file(name), f"{_PYTHON_FOLDER}/{inside}") for name, inside in _PYTHON_FILES.items()),
-                (os.devnull, UNFOLDED),
-            ),
+            copies=files_inside(),
             renewal=RENEWAL_FOLDER,
             listeners=listeners,
             cgroups=self._cgroups,

@@ -29,6 +29,7 @@ COMMANDS = {
     "keys": ("keys", "new, ls, trust, distrust, policy, rotate: who may make snapshots, and who can read them"),
     "operator": ("operator", "the controllers and the admission webhook, on Kubernetes"),
     "k8s": ("k8s", "Hotstart on a Kubernetes cluster: install, status"),
+    "agent": ("agent", "the daemon of a Kubernetes node"),
     "bench": ("bench", "cold start, plain CRIU and Hotstart side by side"),
 }
 

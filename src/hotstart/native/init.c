@@ -68,6 +68,8 @@
 #include <unistd.h>
 
 #include "filepack.h"
+#include "iouring.h"
+#include "renewal.h"
 
 /* glibc 2.36's <sys/mount.h> clashes with <linux/mount.h>; these few are all that is needed of it. */
 int mount(const char *, const char *, const char *, unsigned long, const void *);
@@ -90,13 +92,6 @@ static struct {
 	.source = -1};
 
 static struct rlimit files_of_program;
-
-static double monotonic(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
 
 static void event(const char *name, double began, double ended, const char *detail)
 {
@@ -273,19 +268,6 @@ static void loopback_up(void)
 
 /* ---- the program ------------------------------------------------------------------------------------------ */
 
-/* io_uring cannot be checkpointed (CRIU 4.2): answer as a kernel without it, so that libraries fall back. */
-static void hide_io_uring(void)
-{
-	struct sock_filter code[] = {
-		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_io_uring_setup, 0, 1),
-		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS),
-		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-	};
-	struct sock_fprog program = {sizeof code / sizeof *code, code};
-	if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program)) die("seccomp");
-}
-
 static void next_pid(int pid)
 {
 	char text[16];
@@ -331,7 +313,7 @@ static pid_t start(char **program, int log_write)
 		setsid();
 		/* Orphans stay in the root's tree: CRIU checkpoints that tree and nothing else. */
 		prctl(PR_SET_CHILD_SUBREAPER, 1);
-		hide_io_uring();
+		if (hide_io_uring()) die("seccomp");
 	}
 	if (opt.workdir && chdir(opt.workdir)) die(opt.workdir);
 	execvp(program[0], program);
@@ -617,131 +599,17 @@ static void relay(struct end *e, uint32_t events)
 	arm(other);
 }
 
-/* ---- renewal: what must not be the same in two replicas ------------------------------------------------------ */
+/* ---- renewal ------------------------------------------------------------------------------------------------ */
 
-enum { PATIENCE_MS = 50, MOST_PATIENCE_MS = 1000, STREAMED_PATIENCE_MS = 60000, AGAIN_US = 500, LATER_MS = 10 };
+enum { MOST_PATIENCE_MS = 1000, STREAMED_PATIENCE_MS = 60000 };
 
-struct renewal { pid_t *pids; size_t count; char unrenewed[300]; };
-
-static size_t read_text(const char *path, char *text, size_t size)
-{
-	int f = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t n = f < 0 ? 0 : read(f, text, size - 1);
-	if (f >= 0) close(f);
-	text[n < 0 ? 0 : n] = 0;
-	return n < 0 ? 0 : (size_t)n;
-}
-
-static int catches_urgent(pid_t pid) /* who does not has ended, or become another program: the signal would be ignored */
-{
-	char path[32], text[4096];
-	snprintf(path, sizeof path, "/proc/%d/status", pid);
-	read_text(path, text, sizeof text);
-	char *caught = strstr(text, "SigCgt:\t");
-	return caught && strtoull(caught + 8, 0, 16) >> (SIGURG - 1) & 1;
-}
-
-static int sleeps(pid_t pid, pid_t thread) /* it waits, and not for a disk */
-{
-	char path[64], text[512];
-	snprintf(path, sizeof path, "/proc/%d/task/%d/stat", pid, thread);
-	read_text(path, text, sizeof text);
-	char *after_name = strrchr(text, ')');
-	return !after_name || !strchr("RD", after_name[2]);
-}
-
-static int all_sleep(pid_t pid) /* nobody is about to let its first thread run Python */
-{
-	char path[32];
-	int asleep = 1;
-	snprintf(path, sizeof path, "/proc/%d/task", pid);
-	DIR *threads = opendir(path);
-	for (struct dirent *e; threads && asleep && (e = readdir(threads));)
-		asleep = e->d_name[0] == '.' || sleeps(pid, (pid_t)atoi(e->d_name));
-	if (threads) closedir(threads);
-	return asleep;
-}
-
-static void tell_unrenewed(struct renewal *r, pid_t pid, const char *what)
-{
-	size_t n = strlen(r->unrenewed);
-	snprintf(r->unrenewed + n, sizeof r->unrenewed - n, *what ? "%s%d:%s" : "%s%d", n ? " " : "", pid, what);
-}
-
-static void take_answer(struct renewal *r, char *line)
-{
-	char *what;
-	pid_t pid = (pid_t)strtol(line, &what, 10);
-	for (size_t i = 0; i < r->count; i++) {
-		if (r->pids[i] != pid) continue;
-		r->pids[i] = r->pids[--r->count];
-		if (*what == ' ') tell_unrenewed(r, pid, what + 1);
-		return;
-	}
-}
-
-static void wait_for_answers(struct renewal *r, int answers, double began)
-{
-	char text[4096];
-	size_t filled = 0;
-	struct pollfd p = {.fd = answers, .events = POLLIN};
-	/* Whoever waits for a page that is still on its way sleeps like one that waits for a disk. */
-	int most_ms = opt.source >= 0 ? STREAMED_PATIENCE_MS : MOST_PATIENCE_MS;
-	while (r->count) {
-		int passed_ms = (int)((monotonic() - began) * 1000), patient = passed_ms < PATIENCE_MS;
-		struct timespec pause = {.tv_nsec = patient ? AGAIN_US * 1000 : LATER_MS * 1000000};
-		if (ppoll(&p, 1, &pause, 0) == 0) {
-			for (size_t i = 0; i < r->count; i++) {
-				/* The signal may have come before the restored thread took up its call again: then nothing has ended that. */
-				if (sleeps(r->pids[i], r->pids[i])) kill(r->pids[i], SIGURG);
-				if (!patient) patient = passed_ms < most_ms && !all_sleep(r->pids[i]);
-			}
-			if (!patient) break;
-			continue;
-		}
-		ssize_t n = read(answers, text + filled, sizeof text - filled);
-		if (n <= 0) continue;
-		filled += (size_t)n;
-		char *line = text;
-		for (char *end; (end = memchr(line, '\n', filled - (size_t)(line - text))); line = end + 1) {
-			*end = 0;
-			take_answer(r, line);
-		}
-		filled -= (size_t)(line - text);
-		memmove(text, line, filled);
-		if (filled == sizeof text) filled = 0; /* none of ours is that long */
-	}
-}
-
-/* Before anything from outside reaches the tree. Nobody who cannot answer holds a replica up for long. */
-static void renew(void)
+/* Before anything from outside reaches the tree. Whoever waits for a page that is still on its way sleeps like one that waits for a disk. */
+static void renew_tree(void)
 {
 	double began = monotonic();
-	struct renewal r = {0};
-	char path[PATH_MAX];
-	DIR *folder = opt.renewal ? opendir(opt.renewal) : 0; /* not there in snapshots of older versions */
-	if (folder) {
-		snprintf(path, sizeof path, "%s/.answers", opt.renewal);
-		int answers = mkfifo(path, 0666) ? -1 : open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
-		chmod(path, 0666);
-		for (struct dirent *e; answers >= 0 && (e = readdir(folder));) {
-			pid_t pid = (pid_t)atoi(e->d_name);
-			if (pid <= 1 || !catches_urgent(pid)) continue;
-			pid_t *more = realloc(r.pids, (r.count + 1) * sizeof *more);
-			if (!more) break;
-			r.pids = more;
-			if (!kill(pid, SIGURG)) r.pids[r.count++] = pid;
-		}
-		closedir(folder);
-		if (answers >= 0) {
-			wait_for_answers(&r, answers, began);
-			close(answers);
-		}
-		unlink(path);
-		for (size_t i = 0; i < r.count; i++) tell_unrenewed(&r, r.pids[i], "");
-		free(r.pids);
-	}
-	event("renewed", began, monotonic(), r.unrenewed);
+	char unrenewed[300] = "";
+	if (opt.renewal) renew(opt.renewal, opt.source >= 0 ? STREAMED_PATIENCE_MS : MOST_PATIENCE_MS, unrenewed, sizeof unrenewed);
+	event("renewed", began, monotonic(), unrenewed);
 }
 
 /* ---- main loop -------------------------------------------------------------------------------------------- */
@@ -855,7 +723,7 @@ static void serve(pid_t program, int signals, int log_read)
 				}
 				if (reap(program, root, log_read)) {
 					program = 0; /* its pid may be another's one day */
-					renew();
+					renew_tree();
 					open_doors(&door, doors);
 				}
 				break;
@@ -915,7 +783,7 @@ static void init(char **program, double began)
 	event("mounts", began, monotonic(), "");
 	if (opt.pack >= 0) {
 		began = monotonic();
-		if (filepack_unpack(opt.pack, problem, sizeof problem)) { errno = EINVAL; die(problem); }
+		if (filepack_unpack(opt.pack, 0, problem, sizeof problem)) { errno = EINVAL; die(problem); }
 		close(opt.pack);
 		event("files", began, monotonic(), "");
 	}

@@ -100,8 +100,9 @@ def capture(
     dumper: Dumper,
     packer: FilePacker,
     clock: Callable[[], float],
+    private_folders: tuple[str, ...] = PRIVATE_FOLDERS,
 ) -> Captured:
-    """Write CRIU's images to `folder`/images and the file pack to `folder`/files.pack.
+    """Write CRIU's images to `folder`/images and the file pack, with what `private_folders` hold, to `folder`/files.pack.
 
     Where folding is refused the dump is a plain one and holds all memory. Raises HotstartError if the dump fails, with the
     worker running as before.
@@ -126,6 +127,6 @@ def capture(
     dumper.dump(
         source.init_pid,
         images,
-        lambda: packer.pack(source.init_pid, PRIVATE_FOLDERS, NOT_OF_THE_SNAPSHOT, os.path.join(folder, "files.pack")),
+        lambda: packer.pack(source.init_pid, private_folders, NOT_OF_THE_SNAPSHOT, os.path.join(folder, "files.pack")),
     )
     return Captured(folded, refused, frozen_at, clock())

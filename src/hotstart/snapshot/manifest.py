@@ -117,6 +117,7 @@ class Manifest(Struct, frozen=True):
     recorded: RecordedRestore | None = None
     working_set: str | None = None
     weights: tuple[WeightFile, ...] = ()
+    error_pipe: str | None = None
     format: str = FORMAT
     format_version: tuple[int, int] = (FORMAT_MAJOR, FORMAT_MINOR)
 

@@ -28,9 +28,20 @@ flock --shared alive true
 class CriuDumper:
     """Dumps a sandbox's tree with a CRIU that runs inside its namespaces."""
 
-    def __init__(self, criu: Criu, enter: Callable[[int], list[str]], root_pid: int, kept_fds: tuple[int, ...]) -> None:
-        """`enter` gives the command prefix that enters a sandbox; `kept_fds` (locks) stay open for as long as CRIU runs."""
+    def __init__(
+        self,
+        criu: Criu,
+        enter: Callable[[int], list[str]],
+        root_pid: int,
+        kept_fds: tuple[int, ...],
+        hook: str | None = None,
+    ) -> None:
+        """`enter` gives the command prefix that enters a sandbox; `kept_fds` (locks) stay open for as long as CRIU runs.
+
+        `hook` is a program to be copied inside, by default a script, which needs a shell and flock(1) there.
+        """
         self._criu, self._enter, self._root_pid, self._kept_fds = criu, enter, root_pid, kept_fds
+        self._hook = hook
 
     def dump(self, init_pid: int, images: str, while_frozen: Callable[[], None]) -> None:
         """Dump to the folder `images`, calling back while frozen. Raises HotstartError with CRIU's own reason."""
@@ -40,8 +51,8 @@ class CriuDumper:
         images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
         frozen = alive = -1
         try:
-            with open(f"{folder}/hook", "w") as f:
-                f.write(_HOOK)
+            with open(f"{folder}/hook", "wb") as f:
+                f.write(_HOOK.encode() if self._hook is None else _contents(self._hook))
                 os.fchmod(f.fileno(), 0o755)
             os.mkfifo(f"{folder}/frozen")
             frozen = os.open(f"{folder}/frozen", os.O_RDWR | os.O_NONBLOCK)
@@ -86,6 +97,11 @@ def _is_frozen(pid: int, frozen_pipe: int) -> bool:
         return frozen_pipe in select.select([frozen_pipe, pidfd], [], [])[0]
     finally:
         os.close(pidfd)
+
+
+def _contents(path: str) -> bytes:
+    with open(path, "rb") as f:
+        return f.read()
 
 
 def _clear(folder: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from hotstart.adapters.criu.protobuf import VARINT, fields, record, varint
+from hotstart.adapters.protobuf import VARINT, fields, record, varint
 
 _HEAD_BYTES = 12
 _AREAS, _ADVICE = 14, 9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 from hotstart.errors import MachineLacks
 
@@ -18,10 +19,11 @@ _HARMLESS = "rlimit: Can't setup RLIMIT_NOFILE for self"
 
 
 class Criu:
-    """One CRIU executable."""
+    """One CRIU executable; `command` runs it, by default its path."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, command: tuple[str, ...] = ()) -> None:
         self.path = path
+        self.command = command or (path,)
 
     def version(self) -> tuple[int, ...]:
         """Version as numbers. Raises MachineLacks if the program does not run."""
@@ -52,26 +54,29 @@ class Criu:
     def dump_command(self, root_pid: int, images_fd: int, hook: str) -> list[str]:
         """Dump the tree below `root_pid` (as seen inside) and leave it running; `hook` runs while it is frozen."""
         return [
-            self.path, "dump", "--tree", str(root_pid), "--images-dir", f"/proc/self/fd/{images_fd}",
+            *self.command, "dump", "--tree", str(root_pid), "--images-dir", f"/proc/self/fd/{images_fd}",
             "--log-file", "dump.log", "-v2", "--leave-running", "--action-script", hook,
             "--ghost-limit", _GHOST_LIMIT, *_SHARED_OPTIONS,
         ]  # fmt: skip
 
-    def restore_command(self, images_fd: int, work_fd: int, log_pipe: str, *, on_demand: bool = False) -> list[str]:
-        """Restore a tree and end; `log_pipe` is what /proc/PID/fd/1 was at the dump ('pipe:[123]').
+    def restore_command(
+        self, images_fd: int, work_fd: int, inherited: Mapping[int, str], *, on_demand: bool = False
+    ) -> list[str]:
+        """Restore a tree and end; it gets the descriptors `inherited` in place of what each was at the dump ('pipe:[123]').
 
         With `on_demand` its anonymous memory stays empty until a page server (`page_server_command`) fills it.
         """
         return [
-            self.path, "restore", "--restore-detached", "--images-dir", f"/proc/self/fd/{images_fd}",
+            *self.command, "restore", "--restore-detached", "--images-dir", f"/proc/self/fd/{images_fd}",
             "--work-dir", f"/proc/self/fd/{work_fd}", "--log-file", "restore.log", "-v1",
-            "--inherit-fd", f"fd[{LOG_FD}]:{log_pipe}", *_SHARED_OPTIONS, *(["--lazy-pages"] if on_demand else []),
+            *(part for fd, what in inherited.items() for part in ("--inherit-fd", f"fd[{fd}]:{what}")),
+            *_SHARED_OPTIONS, *(["--lazy-pages"] if on_demand else []),
         ]  # fmt: skip
 
     def page_server_command(self, images_fd: int, work_fd: int) -> list[str]:
         """Bring pages as they are asked for, then all the others, and end; it listens in the work folder for the restore."""
         return [
-            self.path, "lazy-pages", "--images-dir", f"/proc/self/fd/{images_fd}",
+            *self.command, "lazy-pages", "--images-dir", f"/proc/self/fd/{images_fd}",
             "--work-dir", f"/proc/self/fd/{work_fd}", "--log-file", "pages.log", "-v1",
         ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 
-from hotstart.adapters.criu.protobuf import fields
+from hotstart.adapters.protobuf import fields
 
 _HEAD_BYTES = 8  # two magic numbers
 _FILE_TIMERFD = 12  # images/fdinfo.proto

@@ -6,7 +6,8 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import IO
 
 MAGIC = b"HSFILES1"
@@ -30,16 +31,51 @@ def write_file_pack(out: IO[bytes], root: str, folders: Iterable[str], leave_out
         st = os.lstat(root + path)
         if stat.S_ISDIR(st.st_mode):
             _record(out, b"D", path, st)
-        elif stat.S_ISLNK(st.st_mode):
-            _record(out, b"L", path, st, target=os.readlink(root + path))
-        elif stat.S_ISFIFO(st.st_mode):
-            _record(out, b"P", path, st)
-        elif stat.S_ISREG(st.st_mode):
-            first = links.setdefault((st.st_dev, st.st_ino), path)
-            if first == path:
-                _regular(out, root, path, st)
+        else:
+            _one(out, root, path, st, links)
+
+
+def _one(out: IO[bytes], root: str, path: str, st: os.stat_result, links: dict[tuple[int, int], str]) -> None:
+    if stat.S_ISLNK(st.st_mode):
+        _record(out, b"L", path, st, target=os.readlink(root + path))
+    elif stat.S_ISFIFO(st.st_mode):
+        _record(out, b"P", path, st)
+    elif stat.S_ISREG(st.st_mode):
+        first = links.setdefault((st.st_dev, st.st_ino), path)
+        if first == path:
+            _regular(out, root, path, st)
+        else:
+            _record(out, b"H", path, st, target=first)
+
+
+def append_changes(out: IO[bytes], upper: str, leave_out: Callable[[str], bool]) -> None:
+    """Add what the upper folder of an overlay has, to be laid out over the same lower ones; `leave_out` says of a path that it stays out.
+
+    Whatever was removed is removed again: whiteouts, and folders that hide all of the one below.
+    """
+    links: dict[tuple[int, int], str] = {}
+    folders = [""]
+    for folder in folders:
+        for name in sorted(os.listdir(upper + folder)):
+            path = f"{folder}/{name}"
+            if leave_out(path):
+                continue
+            st = os.lstat(upper + path)
+            if stat.S_ISDIR(st.st_mode):
+                if _hides_lower(upper + path):
+                    _record(out, b"W", path, st)
+                _record(out, b"D", path, st)
+                folders.append(path)
+            elif stat.S_ISCHR(st.st_mode) and st.st_rdev == 0:
+                _record(out, b"W", path, st)
             else:
-                _record(out, b"H", path, st, target=first)
+                _one(out, upper, path, st, links)
+
+
+def _hides_lower(folder: str) -> bool:
+    with suppress(OSError):
+        return os.getxattr(folder, "trusted.overlay.opaque") == b"y"
+    return False
 
 
 def _walk(root: str, folders: Iterable[str], leave_out: frozenset[str]) -> Iterator[str]:

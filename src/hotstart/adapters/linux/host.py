@@ -137,14 +137,14 @@ def _listed(folder: str) -> list[str]:
     return []
 
 
-def file_facts(needs: Iterable[NeededFile]) -> dict[str, FileFact | None]:
-    """Look at files again; whether one is ELF is asked only where it matters."""
+def file_facts(needs: Iterable[NeededFile], root: str = "") -> dict[str, FileFact | None]:
+    """Look at files again, below a root folder; whether one is ELF is asked only where it matters."""
     facts: dict[str, FileFact | None] = {}
     for need in needs:
         try:
-            st = os.stat(need.path)
+            st = os.stat(root + need.path)
             changed = (st.st_size, st.st_mtime_ns) != (need.size_bytes, need.mtime_ns)
-            facts[need.path] = FileFact(st.st_size, st.st_mtime_ns, changed and _is_elf(need.path))
+            facts[need.path] = FileFact(st.st_size, st.st_mtime_ns, changed and _is_elf(root + need.path))
         except OSError:
             facts[need.path] = None
     return facts
