@@ -297,3 +297,14 @@ def test_killed_at_any_action_the_next_operator_comes_to_the_same_end(monkeypatc
         world = World()
         assert life(world, turn_of(world)) == expected, at
         assert FINALIZER not in str(world.cluster.list(SNAPSHOTS)[0])
+
+
+@pytest.mark.parametrize(
+    "template", [{"metadata": "odd", "spec": {"containers": [{}]}}, {"spec": {"containers": "odd"}}]
+)
+def test_a_template_that_makes_no_sense_stops_nobody_else(world, template):
+    world.snapshot("odd", source={"template": template})
+    world.snapshot("good")
+    world.settle(5)
+    assert "good-source" in world.pods()
+    assert "Refused" in reasons(world)

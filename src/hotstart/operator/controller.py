@@ -23,9 +23,10 @@ from hotstart.adapters.kubernetes.objects import (
     Unreachable,
     path,
 )
+from hotstart.errors import HotstartError
 from hotstart.operator import certificates, gates, snapshots, warmpools
 from hotstart.operator.agenda import Agenda, Key
-from hotstart.operator.decisions import Decision, carry_out
+from hotstart.operator.decisions import Decision, Tell, carry_out
 from hotstart.operator.figures import Figures
 from hotstart.operator.port import Cluster
 from hotstart.operator.watching import Watched
@@ -85,7 +86,11 @@ class Controller:
             self._say(f"{'/'.join(filter(None, key))}: {e}")
         except (ApiRefused, NotThere) as e:
             outcome, again = "refused", _REFUSED_RETRY_S
-            self._say(f"{'/'.join(filter(None, key))}: {e}")
+            self._complain(key, str(e))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            # What users write into templates is theirs to spoil: one object must not stop all others.
+            outcome, again = "malformed", _REFUSED_RETRY_S
+            self._complain(key, f"this makes no sense ({type(e).__name__}: {e})")
         else:
             outcome = "acted" if decision.actions else "nothing"
             again = -1.0 if decision.again_s is None else decision.again_s
@@ -93,6 +98,16 @@ class Controller:
         if again >= 0:
             self.agenda.add(key, again)
         return True
+
+    def _complain(self, key: Key, message: str) -> None:
+        """Say what is wrong with an object in the log and by an event, where its user looks."""
+        self._say(f"{'/'.join(filter(None, key))}: {message}")
+        kind, namespace, name = key
+        watched = {"Snapshot": self.snapshots, "WarmPool": self.pools}.get(kind)
+        obj = watched and watched.get(namespace, name)
+        if obj:
+            with suppress(HotstartError):
+                carry_out(self._cluster, Tell(obj, "Refused", message, warning=True), self._clock())
 
     def agent_lives(self, node: str) -> bool:
         """Say whether the agent of a node renewed its Lease lately."""

@@ -54,18 +54,21 @@ class Operator:
         """Work until `end` is called (0) or the Lease is lost (1): what runs us starts us anew then."""
         for watched in self.controller.watched:
             watched.start()
-        for work in (self.health.serve_forever, self.webhook.serve_forever, self._serve_certificate, self._stand):
-            threading.Thread(target=work, daemon=True, name=work.__name__).start()
+        election = threading.Thread(target=self._stand, daemon=True, name="election")
+        works = (self.health.serve_forever, self.webhook.serve_forever, self._serve_certificate)
+        for thread in (election, *(threading.Thread(target=w, daemon=True, name=w.__name__) for w in works)):
+            thread.start()
         try:
-            while not self._ended.is_set() and not self._leads.wait(0.2):
+            while not self._ended.is_set() and election.is_alive() and not self._leads.wait(0.2):
                 pass
             if self._leads.is_set():
                 self._say(f"{self._settings.me} acts from now on")
-                for watched in self.controller.watched:
-                    while not watched.listed.wait(0.5) and self._leads.is_set():
-                        pass
+            for watched in self.controller.watched:
+                while self._acts and not watched.listed.wait(0.5):
+                    pass
+            if self._acts:
                 self.controller.begin()
-            while self._leads.is_set() and not self._ended.is_set():
+            while self._acts:
                 self.controller.step(timeout_s=0.5)
             if self._ended.is_set():
                 return 0
@@ -91,6 +94,10 @@ class Operator:
             server.server_close()
 
     @property
+    def _acts(self) -> bool:
+        return self._leads.is_set() and not self._ended.is_set()
+
+    @property
     def ready(self) -> bool:
         """Say whether reviews can be answered: there is a certificate, and Snapshots are known."""
         return self.webhook.armed and self.controller.snapshots.listed.is_set()
@@ -103,20 +110,23 @@ class Operator:
     def _stand(self) -> None:
         """Take part in the election; stop acting in good time when the Lease cannot be renewed."""
         renewed = time.monotonic()
-        while not self._ended.is_set():
-            try:
-                ours = self._candidate.step(time.monotonic())
-            except HotstartError as e:
-                self._say(f"Lease {LEASE}: {e}")
-                ours = self._leads.is_set() and time.monotonic() - renewed < GIVE_UP_S
-            else:
-                renewed = time.monotonic() if ours else renewed
-            if self._leads.is_set() and not ours:
+        try:
+            while not self._ended.is_set():
+                try:
+                    ours = self._candidate.step(time.monotonic())
+                except HotstartError as e:
+                    self._say(f"Lease {LEASE}: {e}")
+                    ours = self._leads.is_set() and time.monotonic() - renewed < GIVE_UP_S
+                else:
+                    renewed = time.monotonic() if ours else renewed
+                if ours:
+                    self._leads.set()
+                elif self._leads.is_set():
+                    return
+                self._ended.wait(RENEW_EVERY_S if ours else 2.0)
+        finally:
+            if not self._ended.is_set():
                 self._leads.clear()
-                return
-            if ours:
-                self._leads.set()
-            self._ended.wait(RENEW_EVERY_S if ours else 2.0)
 
     def _serve_certificate(self) -> None:
         """Use the certificate that is in the Secret, whoever of us made it."""

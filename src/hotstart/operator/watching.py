@@ -28,6 +28,7 @@ class Watched:
         self._cluster, self._kind, self._selector, self._namespace = cluster, kind, selector, namespace
         self._changed = changed
         self._objects: dict[tuple[str, str], Object] = {}
+        self._newest = 0  # version of what the watch told last
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self.listed = threading.Event()
@@ -55,6 +56,8 @@ class Watched:
         objects, version = self._cluster.list(self._kind, self._selector, self._namespace)
         fresh = {_key(o): o for o in objects}
         with self._lock:
+            if 0 < _number(version) < self._newest:  # the watch was faster than this list
+                return version
             news = [o for k, o in fresh.items() if _version(self._objects.get(k)) != _version(o)]
             news += [o for k, o in self._objects.items() if k not in fresh]
             self._objects = fresh
@@ -66,6 +69,7 @@ class Watched:
     def take(self, what: str, obj: Object) -> None:
         """Note one change."""
         with self._lock:
+            self._newest = max(self._newest, _number(_version(obj)))
             if what == "DELETED":
                 self._objects.pop(_key(obj), None)
             else:
@@ -98,6 +102,11 @@ class Watched:
 
 def _key(obj: Object) -> tuple[str, str]:
     return path(obj, "metadata", "namespace") or "", obj["metadata"]["name"]
+
+
+def _number(version: str | None) -> int:
+    """Return a version as a number, as all API servers make them; 0 if it is none."""
+    return int(version) if version and version.isdecimal() else 0
 
 
 def _version(obj: Object | None) -> str | None:
