@@ -60,9 +60,8 @@ class Upload:
 
     def __init__(self, body: Body, budget: Budget) -> None:
         self.body = body
-        self.data = b""
+        self.data = bytearray()
         self._budget = budget
-        self._taken = 0
 
     @property
     def whole(self) -> bool:
@@ -71,25 +70,26 @@ class Upload:
 
     async def hold(self, at_least: int, most: int, limits: ClientLimits) -> None:
         """Read until it is whole, or `at_least` bytes are held. Raises Refusal if it is longer than `most`."""
-        pieces, size = [self.data], len(self.data)
+        if self.body.whole:  # all of it came with the head, as small ones do
+            if self.body.held:
+                self._take(self.body.take(), most)
+            return
         try:
-            async with asyncio.timeout(None if self.whole else limits.body_s):
-                while not self.whole and size < at_least:
-                    piece = await self.body.read(limits.stall_s)
-                    self._budget.take(len(piece))
-                    self._taken += len(piece)
-                    size += len(piece)
-                    pieces.append(piece)
-                    check_size(size, most)
+            async with asyncio.timeout(limits.body_s):
+                while not self.whole and len(self.data) < at_least:
+                    self._take(await self.body.read(limits.stall_s), most)
         except TimeoutError:
             raise Refusal(408, "request_timeout", f"the body took longer than {limits.body_s:g} s") from None
-        self.data = b"".join(pieces) if size else b""
 
     def let_go(self) -> None:
         """Forget it."""
-        self._budget.held -= self._taken
-        self._taken = 0
-        self.data = b""
+        self._budget.held -= len(self.data)
+        self.data = bytearray()
+
+    def _take(self, piece: bytes, most: int) -> None:
+        self._budget.take(len(piece))
+        self.data += piece
+        check_size(len(self.data), most)
 
 
 def check_size(size: int, most: int) -> None:
@@ -266,7 +266,7 @@ class Exchange:
         head = request_to_worker(self._head, self._peer, how, self.request_id)
         if length is not None or not framed:
             return head + upload.data
-        body = chunk(upload.data) if upload.data else b""
+        body = chunk(bytes(upload.data)) if upload.data else b""
         return head + body + (self._end_of_upload() if upload.whole else b"")
 
     async def _pump(self, wire: WorkerWire) -> None:

@@ -286,7 +286,7 @@ class Gateway:
         try:
             check_size(_told_size(request), _MOST_PAGE_BODY_BYTES)
             await upload.hold(_MOST_PAGE_BODY_BYTES + 1, _MOST_PAGE_BODY_BYTES, self._settings.limits)
-            asked = PageRequest(request.head.method, path, query, request.head.index, upload.data, client.peer)
+            asked = PageRequest(request.head.method, path, query, request.head.index, bytes(upload.data), client.peer)
             answer = await page(asked)
         except (Refusal, BadMessage, Broken):
             raise

@@ -76,7 +76,7 @@ def is_openai(path: str) -> bool:
     return path.startswith("/v1/")
 
 
-def read_openai(body: bytes) -> Said:
+def read_openai(body: bytes | bytearray) -> Said:
     """Read which model is asked. Raises Refusal."""
     try:
         said = json.decode(body, type=Said)

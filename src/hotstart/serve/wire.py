@@ -7,6 +7,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from typing import cast
 
 from hotstart.serve.http1 import Fields
 
@@ -113,9 +114,8 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.set_write_buffer_limits(_WRITE_HIGH_BYTES)
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are no instances
+        self.transport.set_write_buffer_limits(_WRITE_HIGH_BYTES)
         watch_peer(transport.get_extra_info("socket"))
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
