@@ -82,9 +82,8 @@ class Served:
         return [e for e in map(json.loads, lines) if e["kind"] == kind]
 
     def burst(self, count: int) -> list[bytes]:
-        answers, threads = [], []
-        for _ in range(count):
-            threads.append(threading.Thread(target=lambda: answers.append(self.ask("/tiny/ping"))))
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(self.ask("/tiny/ping"))) for _ in range(count)]
         for work in (threading.Thread.start, threading.Thread.join):
             for thread in threads:
                 work(thread)
