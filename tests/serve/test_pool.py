@@ -112,7 +112,8 @@ def test_a_refused_snapshot_costs_one_cold_start_and_is_made_anew():
             await until(lambda: len(pool.replicas("m")) == 1)
             assert launcher.count("start_cold") == 1
             assert "a byte is wrong" in next(e.text for e in pool.events.last if e.kind == "fallback")
-            await until(lambda: launcher.count("discard") == 1)
+            assert launcher.count("discard") == 1
+            await until(lambda: launcher.snapshots == {("m", "0" * 12)})
 
     asyncio.run(story())
 

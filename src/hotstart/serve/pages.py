@@ -87,7 +87,7 @@ class ServePages:
             "up_s": now - self._began,
             "admin": self._config().admin_token is not None,
             "machine": to_builtins(self._pool.machine),
-            "models": [self._model(name, m, now) for name, m in sorted(self._pool.models.items())],
+            "models": [self._model(name, m, now) for name, m in self._pool.models.items()],
             "store": to_builtins(self.savings) if self.savings else None,
             "events": [to_builtins(e) for e in list(self._pool.events.last)[-_EVENTS_SHOWN:]],
         }

@@ -268,10 +268,11 @@ class ReplicaPool:
         self._spawn(self._bring_up(model, member, recipe))
 
     async def _bring_up(self, model: PoolModel, member: PoolMember, recipe: Recipe) -> None:
-        freeze = member.kind == "cold" and model.wants_snapshot(self._clock())
-        model.freezing = model.freezing or freeze
+        freeze = member.kind == "cold" and self._claim_freezing(model)
         try:
             launched = await self._launch(model, member, recipe)
+            # It may have been started cold in place of a restore.
+            freeze = freeze or (member.kind == "cold" and self._claim_freezing(model))
             model.took(launched.waterfall)
             replica = Replica(member.name, member.model, launched.host, launched.port, model.config.concurrency)
             member.replica = replica
@@ -297,6 +298,12 @@ class ReplicaPool:
             self._step_due.set()
         if self._closing and member.state is State.READY:
             self._end(member, "the server ends")
+
+    def _claim_freezing(self, model: PoolModel) -> bool:
+        """Say whether a snapshot is to be made of the replica that asks: nobody else's is, then."""
+        wanted = model.wants_snapshot(self._clock())
+        model.freezing = model.freezing or wanted
+        return wanted
 
     async def _launch(self, model: PoolModel, member: PoolMember, recipe: Recipe) -> Launched:
         """Restore it; if its snapshot is refused, or that fails, start it cold instead."""
