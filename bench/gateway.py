@@ -237,19 +237,31 @@ def _children(pid: int) -> list[int]:
 
 def load(who: str, port: int, pid: int | None, rate: int, seconds: float, connections: int = CONNECTIONS) -> Latency:
     """Ask for some time at a rate (0: as fast as it goes) and say what was found."""
-    script = WRK.replace("BODY", BODY.decode()).replace("PAUSE_MS", str(round(1000 * connections / rate) if rate else 0))
+    script = WRK.replace("BODY", BODY.decode()).replace(
+        "PAUSE_MS", str(round(1000 * connections / rate) if rate else 0)
+    )
     with NamedTemporaryFile("w", suffix=".lua") as f:
         f.write(script)
         f.flush()
         before = cpu_s(pid) if pid else 0.0
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", f.name, f"http://127.0.0.1:{port}/v1/chat/completions"]
+        command = [
+            "wrk",
+            "-t1",
+            f"-c{connections}",
+            f"-d{seconds:g}s",
+            "-s",
+            f.name,
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+        ]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         spent = cpu_s(pid) - before if pid else None
     found = re.search(r"RESULT (\d+) (\d+) (\d+) ([\d.]+) ([\d.]+) ([\d.]+)", out)
     assert found, out
     requests, failed, us = map(int, found.groups()[:3])
     p50, p99, p999 = (float(x) / 1e3 for x in found.groups()[3:])
-    return Latency(who, rate, requests / us * 1e6, failed, p50, p99, p999, None if spent is None else spent / requests * 1e6)
+    return Latency(
+        who, rate, requests / us * 1e6, failed, p50, p99, p999, None if spent is None else spent / requests * 1e6
+    )
 
 
 def stream(who: str, port: int) -> Streaming:
@@ -260,7 +272,11 @@ def stream(who: str, port: int) -> Streaming:
     def read_one() -> None:
         mine = []
         with socket.create_connection(("127.0.0.1", port)) as s:
-            s.sendall(b"GET /m/tokens HTTP/1.1\r\nhost: a\r\n\r\n" if who != DIRECT else b"GET /tokens HTTP/1.1\r\nhost: a\r\n\r\n")
+            s.sendall(
+                b"GET /m/tokens HTTP/1.1\r\nhost: a\r\n\r\n"
+                if who != DIRECT
+                else b"GET /tokens HTTP/1.1\r\nhost: a\r\n\r\n"
+            )
             while len(mine) < TOKENS:
                 data = s.recv(1 << 16)
                 now = time.monotonic_ns()
@@ -376,7 +392,9 @@ def measure(seconds: float, rates: list[int], *, million: bool) -> GatewayFigure
             port = free_port() if command else upstream
             with process(*command, str(port), str(upstream), port=port) if command else contextlib.nullcontext() as pid:
                 load(who, port, pid, 0, 2)
-                found = [load(who, port, pid, rate, seconds) for rate in rates] + [load(who, port, pid, 0, seconds / 2, 32)]
+                found = [load(who, port, pid, rate, seconds) for rate in rates] + [
+                    load(who, port, pid, 0, seconds / 2, 32)
+                ]
                 latencies += found
                 for one in found:
                     print(json.encode(one).decode(), flush=True)
@@ -402,7 +420,10 @@ def show(figures: GatewayFigures) -> None:
             for x in figures.latencies
         ],
     )  # fmt: skip
-    print_table(["reader", "request µs", "answer µs"], [[x.who, f"{x.request_us:.1f}", f"{x.answer_us:.1f}"] for x in figures.parsing])
+    print_table(
+        ["reader", "request µs", "answer µs"],
+        [[x.who, f"{x.request_us:.1f}", f"{x.answer_us:.1f}"] for x in figures.parsing],
+    )
     print_table(
         ["tokens", "streams", "p50 ms", "p99 ms", "most ms"],
         [[x.who, str(x.streams), f"{x.p50_ms:.2f}", f"{x.p99_ms:.2f}", f"{x.most_ms:.2f}"] for x in figures.streaming],

@@ -81,7 +81,14 @@ def starlette_granian(port, upstream):
     from granian.constants import Interfaces
 
     os.environ["UPSTREAM"] = str(upstream)
-    Granian("bench.gateway_peers:granian_app", address="127.0.0.1", port=port, interface=Interfaces.ASGI, factory=True, log_access=False).serve()
+    Granian(
+        "bench.gateway_peers:granian_app",
+        address="127.0.0.1",
+        port=port,
+        interface=Interfaces.ASGI,
+        factory=True,
+        log_access=False,
+    ).serve()
 
 
 def granian_app():
@@ -90,7 +97,11 @@ def granian_app():
     return _starlette(int(os.environ["UPSTREAM"]))
 
 
-KINDS = {"aiohttp": aiohttp_, "uvicorn, starlette, httpx": starlette_uvicorn, "granian, starlette, httpx": starlette_granian}
+KINDS = {
+    "aiohttp": aiohttp_,
+    "uvicorn, starlette, httpx": starlette_uvicorn,
+    "granian, starlette, httpx": starlette_granian,
+}
 
 if __name__ == "__main__":
     KINDS[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]))

@@ -29,7 +29,9 @@ async def test_the_official_client_is_served():
     if not PYTHON.exists():
         skip_or_fail("the OpenAI client is not there: scripts/install-clients installs it")
     key = ("sk-test",)
-    models = [ModelSettings(name, api_keys=key, queue=0 if name == "full" else 9) for name in ("m", "broken", "full", "late")]
+    models = [
+        ModelSettings(name, api_keys=key, queue=0 if name == "full" else 9) for name in ("m", "broken", "full", "late")
+    ]
     async with workers() as [worker], workers(v1__chat__completions=break_after_a_word) as [bad]:
         async with stage(*models, comment_after_s=0.05) as s:
             s.pool.add(worker, "m")

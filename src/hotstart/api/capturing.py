@@ -269,7 +269,7 @@ def _capture(
         snapshot=state.snapshot,
     )
     dumper = CriuDumper(hotstart_.criu(), enter_command, state.root_pid, (partial.lock_fd,))
-    return capture_tree(hotstart_, partial, name, captured, dumper, LinuxFilePacker(), oracle, fold=options.fold)
+    return capture_tree(hotstart_, partial, name, captured, dumper, LinuxFilePacker(), oracle, options)
 
 
 def capture_tree(
@@ -280,8 +280,7 @@ def capture_tree(
     dumper: Dumper,
     packer: FilePacker,
     oracle: Oracle | None,
-    *,
-    fold: bool,
+    options: SnapshotOptions,
 ) -> tuple[LocalSnapshot, Captured]:
     """Capture a tree and publish the snapshot here. Raises HotstartError, Refused, MachineLacks; the tree goes on."""
     pids = tree(source.host_root_pid)
@@ -298,7 +297,7 @@ def capture_tree(
     captured = capture(
         Source(source.init_pid, source.host_root_pid, source.memory_folder, source.memory_id, generation),
         partial.folder,
-        fold=fold,
+        fold=options.fold,
         freezer=LinuxFreezer(traits),
         dumper=dumper,
         packer=packer,
@@ -328,7 +327,9 @@ def capture_tree(
         log_pipe=source.log_pipe,
         error_pipe=source.error_pipe,
         processes=tuple(
-            _with_strategy(process, by_pid.get(pid), memory_file.get(pid), captured.refused, asked_plain=not fold)
+            _with_strategy(
+                process, by_pid.get(pid), memory_file.get(pid), captured.refused, asked_plain=not options.fold
+            )
             for pid, process in processes.items()
             if pid in by_pid or not by_pid  # else it ended before the tree stood still
         ),

@@ -24,7 +24,7 @@ from hotstart.adapters.linux.native import native_program
 from hotstart.adapters.linux.podinit import PodInit
 from hotstart.adapters.linux.podspace import Entry, PodAsker, enter
 from hotstart.adapters.linux.procfs import children
-from hotstart.api.capturing import Tree, capture_tree
+from hotstart.api.capturing import SnapshotOptions, Tree, capture_tree
 from hotstart.api.restoring import KDAT
 from hotstart.api.starting import environment_inside, files_inside, identity_document
 from hotstart.errors import HotstartError, NotFound, Refused
@@ -267,7 +267,9 @@ class Pods:
                 (partial.lock_fd, bundle),
                 native_program("hotstart-podinit"),
             )
-            local, captured = capture_tree(hotstart, partial, name, source, dumper, PodFilePacker(), oracle, fold=True)
+            local, captured = capture_tree(
+                hotstart, partial, name, source, dumper, PodFilePacker(), oracle, SnapshotOptions()
+            )
             try:
                 note("digesting")
                 local.digest_memory(no_progress)
