@@ -4,6 +4,7 @@ The chart is made of the same objects: where they have a place for a value it ha
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ CHART = DEPLOY / "chart" / "hotstart"
 RESOURCES = ROOT / "src" / "hotstart" / "operator" / "custom_resources.json"
 NOTE = "# Made by `make deploy`: change src/hotstart/operator/manifests.py or deploy/generate instead.\n"
 
+# A field that is left out where its value is empty: older API servers may not know it.
+OPTIONAL = re.compile(r"^( *)(\w+): \{\{ optional (\S+) \}\}$", re.MULTILINE)
+LEFT_OUT = r"{{- with .Values.\3 }}\n\1\2: {{ toJson . }}\n{{- end }}"
+
 
 def expression(node: Any) -> str:
     """Return what Helm fills in."""
     if isinstance(node, manifests.Value):
-        return "{{ toJson .Values." + node.path + " }}"
+        return ("{{ optional " if node.optional else "{{ toJson .Values.") + node.path + " }}"
     if isinstance(node, manifests.Namespace):
         return "{{ .Release.Namespace }}"
     raise TypeError(node)
@@ -45,7 +50,7 @@ def chart() -> dict[Path, str]:
     }
     templates: dict[str, str] = {}
     for m in manifests.manifests():
-        text = f"---\n{to_yaml(m.obj, expression)}"
+        text = f"---\n{OPTIONAL.sub(LEFT_OUT, to_yaml(m.obj, expression))}"
         if m.only_if:
             text = "{{- if .Values." + m.only_if + " }}\n" + text + "{{- end }}\n"
         templates[m.file] = templates.get(m.file, NOTE) + text

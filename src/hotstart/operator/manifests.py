@@ -74,9 +74,10 @@ _RBAC = "rbac.authorization.k8s.io"
 
 
 class Value(Struct, frozen=True):
-    """A place that a value fills, named by its path in the values: 'agent.image'."""
+    """A place that a value fills, named by its path in the values: 'agent.image'. An optional field is left out where the value is empty."""
 
     path: str
+    optional: bool = False
 
 
 class Namespace(Struct, frozen=True):
@@ -143,7 +144,11 @@ def _filled(node: Any, values: Object, namespace: str) -> Any:
     if isinstance(node, Namespace):
         return namespace
     if isinstance(node, dict):
-        return {key: _filled(value, values, namespace) for key, value in node.items()}
+        return {
+            key: _filled(value, values, namespace)
+            for key, value in node.items()
+            if not (isinstance(value, Value) and value.optional and not value_at(values, value.path))
+        }
     if isinstance(node, list):
         return [_filled(value, values, namespace) for value in node]
     return node
@@ -368,7 +373,7 @@ def _webhook() -> list[Manifest]:
         "admissionReviewVersions": ["v1"],
         "timeoutSeconds": Value("webhook.timeoutSeconds"),
         "namespaceSelector": Value("webhook.namespaceSelector"),
-        "matchConditions": Value("webhook.matchConditions"),
+        "matchConditions": Value("webhook.matchConditions", optional=True),
     }
     configuration = _obj(
         "admissionregistration.k8s.io/v1", "MutatingWebhookConfiguration", WEBHOOK_NAME, cluster=True, webhooks=[hook]
