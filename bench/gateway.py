@@ -25,11 +25,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import NamedTemporaryFile
+from typing import Any, cast
 
-from msgspec import Struct, json
+from msgspec import json
 
+from bench import report
 from bench.gateway_peers import KINDS
-from hotstart.cli.common import print_table
+from bench.gatewayfigures import DIRECT, OURS, GatewayFigures, Latency, Memory, Parsing, Streaming, targets_of_gateway
 from hotstart.serve.gateway import Gateway
 from hotstart.serve.http1 import chunk, parse_answer, parse_request, write_head
 from hotstart.serve.port import Outlook, Replica
@@ -39,7 +41,6 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out" / "bench"
 PEERS = ROOT / ".engines" / "gateway-peers"
 LIBRARIES = ["aiohttp", "granian", "h11", "httptools", "httpx", "msgspec", "starlette", "uvicorn", "uvloop"]
-DIRECT, OURS = "direct", "hotstart"
 CONNECTIONS = 10
 BODY = b'{"model":"m","messages":[{"role":"user","content":"' + b"x" * 200 + b'"}]}'
 ANSWER = b'{"id":"chatcmpl-1","object":"chat.completion","choices":[{"message":{"content":"' + b"y" * 200 + b'"}}]}'
@@ -67,64 +68,17 @@ end
 """
 
 
-class Latency(Struct, frozen=True):
-    """What a load of small requests found. Latencies in milliseconds, `cpu_us` of the proxy's process for each request."""
-
-    who: str
-    wanted_rate: int  # requests a second; 0: as many as go
-    rate: float
-    failed: int
-    p50_ms: float
-    p99_ms: float
-    p999_ms: float
-    cpu_us: float | None
-
-
-class Parsing(Struct, frozen=True):
-    """What it costs to read one request head and one answer head, and to write one of each."""
-
-    who: str
-    request_us: float
-    answer_us: float
-
-
-class Streaming(Struct, frozen=True):
-    """How old tokens are when a client has them, in milliseconds, of so many streams at once."""
-
-    who: str
-    streams: int
-    p50_ms: float
-    p99_ms: float
-    most_ms: float
-
-
-class Memory(Struct, frozen=True):
-    """The gateway's resident memory while it served."""
-
-    requests: list[int]
-    rss_bytes: list[int]
-
-
-class GatewayFigures(Struct, frozen=True):
-    """out/bench/gateway.json."""
-
-    machine: str
-    latencies: list[Latency]
-    parsing: list[Parsing]
-    streaming: list[Streaming]
-    memory: Memory | None
-
-
 # ---- the server behind, and the gateway, each a process
 
 
 class _Answering(asyncio.Protocol):
     """As little of a server as possible: knows the two requests that are made here."""
 
-    def connection_made(self, transport):
-        self.transport, self.held = transport, b""
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport, self.held = cast(asyncio.Transport, transport), b""
+        self.tasks: set[asyncio.Task[None]] = set()
 
-    def data_received(self, data):
+    def data_received(self, data: bytes) -> None:
         self.held += data
         while (end := self.held.find(b"\r\n\r\n")) >= 0:
             found = re.search(rb"content-length: (\d+)", self.held[:end], re.IGNORECASE)
@@ -133,21 +87,23 @@ class _Answering(asyncio.Protocol):
                 return
             head, self.held = self.held[:end], self.held[end + 4 + size :]
             if head.startswith(b"GET /tokens"):
-                asyncio.ensure_future(self._tokens())
+                self.tasks.add(asyncio.ensure_future(self._tokens()))
             else:
                 fields = [("content-type", "application/json"), ("content-length", str(len(ANSWER)))]
                 self.transport.write(write_head("HTTP/1.1 200 OK", fields) + ANSWER)
 
-    async def _tokens(self):
+    async def _tokens(self) -> None:
         fields = [("content-type", "text/event-stream"), ("transfer-encoding", "chunked")]
         self.transport.write(write_head("HTTP/1.1 200 OK", fields))
         for _ in range(TOKENS):
             await asyncio.sleep(TOKEN_GAP_S)
+            if self.transport.is_closing():
+                return
             self.transport.write(chunk(b"data: %d\n\n" % time.monotonic_ns()))
         self.transport.write(b"0\r\n\r\n")
 
 
-async def _serve_upstream(port):
+async def _serve_upstream(port: int) -> None:
     server = await asyncio.get_running_loop().create_server(_Answering, "127.0.0.1", port, backlog=512)
     await server.serve_forever()
 
@@ -177,9 +133,9 @@ class OnePool:
         """Nothing changes."""
 
 
-async def _serve_gateway(port, upstream):
+async def _serve_gateway(port: int, upstream: int) -> None:
     settings = GatewaySettings((ModelSettings("m", route="/m"),), port=port, limits=ClientLimits())
-    gateway = Gateway(settings, OnePool(upstream), None, lambda served: None)
+    gateway = Gateway(settings, OnePool(upstream), None, lambda _: None)
     await gateway.start()
     await asyncio.Event().wait()
 
@@ -323,22 +279,24 @@ def parse_cost() -> list[Parsing]:
     import httptools
 
     class Sink:
-        def on_header(self, name, value):
+        def __init__(self) -> None:
+            self.fields: list[tuple[str, str]] = []
+
+        def on_header(self, name: bytes, value: bytes) -> None:
             self.fields.append((name.decode("latin-1").lower(), value.decode("latin-1")))
 
-        def on_url(self, url):
+        def on_url(self, url: bytes) -> None:
             self.url = url
 
-    def by_h11(role, raw):
+    def by_h11(role: Any, raw: bytes) -> None:
         connection = h11.Connection(role)
         if role is h11.CLIENT:
             connection.send(h11.Request(method="GET", target="/", headers=[("host", "a")]))
         connection.receive_data(raw)
         connection.next_event()
 
-    def by_httptools(parser, raw):
+    def by_httptools(parser: Any, raw: bytes) -> None:
         sink = Sink()
-        sink.fields = []
         parser(sink).feed_data(raw)
 
     ways: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
@@ -407,27 +365,8 @@ def measure(seconds: float, rates: list[int], *, million: bool) -> GatewayFigure
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}, cwd=ROOT, check=True, capture_output=True,
     ).stdout  # fmt: skip
     machine = f"{os.cpu_count()} cores, Python {sys.version.split()[0]}"
-    return GatewayFigures(machine, latencies, json.decode(parsing, type=list[Parsing]), streaming, memory)
-
-
-def show(figures: GatewayFigures) -> None:
-    """Print the tables."""
-    print_table(
-        ["who", "rate", "p50 ms", "p99 ms", "p99.9 ms", "CPU µs", "failed"],
-        [
-            [x.who, f"{x.rate:.0f}" + ("" if x.wanted_rate else " (most)"), f"{x.p50_ms:.2f}", f"{x.p99_ms:.2f}", f"{x.p999_ms:.2f}",
-             "" if x.cpu_us is None else f"{x.cpu_us:.0f}", str(x.failed)]
-            for x in figures.latencies
-        ],
-    )  # fmt: skip
-    print_table(
-        ["reader", "request µs", "answer µs"],
-        [[x.who, f"{x.request_us:.1f}", f"{x.answer_us:.1f}"] for x in figures.parsing],
-    )
-    print_table(
-        ["tokens", "streams", "p50 ms", "p99 ms", "most ms"],
-        [[x.who, str(x.streams), f"{x.p50_ms:.2f}", f"{x.p99_ms:.2f}", f"{x.most_ms:.2f}"] for x in figures.streaming],
-    )
+    targets = targets_of_gateway(latencies, streaming, memory)
+    return GatewayFigures(machine, latencies, json.decode(parsing, type=list[Parsing]), streaming, memory, targets)
 
 
 def main() -> None:
@@ -456,7 +395,7 @@ def main() -> None:
         figures = measure(options.seconds, [int(r) for r in options.rates.split(",")], million=options.million)
         OUT.mkdir(parents=True, exist_ok=True)
         (OUT / "gateway.json").write_bytes(json.format(json.encode(figures), indent=1))
-        show(figures)
+        report.print_blocks(report.gateway_blocks(figures))
 
 
 if __name__ == "__main__":

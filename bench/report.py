@@ -18,6 +18,7 @@ from pathlib import Path
 from msgspec import Struct, json
 
 from bench.figures import COLD, COLD_START, COMMAND, LAZY, OURS, PLAIN, S3, WARM, Cell, RestoreFigures, Size, Target
+from bench.gatewayfigures import GatewayFigures
 from bench.storefigures import StoreFigures
 from hotstart.api.comparing import Comparison
 from hotstart.cli.common import print_table, seconds, size
@@ -29,6 +30,7 @@ SOURCES = {
     "restore": ROOT / "out" / "bench" / "restore.json",
     "store": ROOT / "out" / "bench" / "store.json",
     "demo": ROOT / "out" / "demo.json",
+    "gateway": ROOT / "out" / "bench" / "gateway.json",
 }
 _SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _METHODS = (COLD_START, PLAIN, LAZY, OURS, COMMAND)
@@ -324,6 +326,55 @@ def _kind(snapshot: str) -> str:
     return re.sub(r"^store-\d+-", "", snapshot).replace("-", " ")
 
 
+# ---- the gateway
+
+
+def gateway_blocks(f: GatewayFigures) -> list[Table]:
+    """Turn what the gateway costs into tables."""
+    blocks = [
+        Table(
+            f"{f.machine}. Small requests and answers, at a rate and as many as go.",
+            ("who", "requests a second", "p50", "p99", "p99.9", "processor time of each"),
+            [
+                (
+                    x.who, f"{x.rate:.0f}" + ("" if x.wanted_rate else ", the most"), *map(_ms, (x.p50_ms, x.p99_ms, x.p999_ms)),
+                    "-" if x.cpu_us is None else f"{x.cpu_us:.0f} µs",
+                )
+                for x in f.latencies
+            ],
+        ),
+        Table(
+            "Reading a head.",
+            ("reader", "a request's", "an answer's"),
+            [(x.who, f"{x.request_us:.1f} µs", f"{x.answer_us:.1f} µs") for x in f.parsing],
+        ),
+        Table(
+            "How old tokens are when the client has them.",
+            ("who", "streams", "p50", "p99", "most"),
+            [(x.who, str(x.streams), *map(_ms, (x.p50_ms, x.p99_ms, x.most_ms))) for x in f.streaming],
+        ),
+        Table(
+            "What the gateway promises.",
+            ("promise", "where", "found", "limit", "kept"),
+            [(t.what, t.where, f"{t.found or 0:.2f} {t.unit}", f"{t.limit:g} {t.unit}", _kept(t.met)) for t in f.targets],
+        ),
+    ]  # fmt: skip
+    if f.memory:
+        steps = range(0, len(f.memory.requests), max(1, len(f.memory.requests) // 8))
+        blocks.append(
+            Table(
+                "Memory of the gateway's process.",
+                ("after requests", "resident"),
+                [(str(f.memory.requests[i]), size(f.memory.rss_bytes[i])) for i in steps],
+            )
+        )
+    return blocks
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms"
+
+
 # ---- the document
 
 
@@ -332,6 +383,7 @@ def _blocks_of(name: str, data: bytes) -> list[Table]:
         "restore": (RestoreFigures, restore_blocks),
         "store": (StoreFigures, store_blocks),
         "demo": (Comparison, demo_blocks),
+        "gateway": (GatewayFigures, gateway_blocks),
     }
     kind, blocks = kinds[name]
     return blocks(json.decode(data, type=kind))

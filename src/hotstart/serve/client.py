@@ -167,15 +167,18 @@ class ClientWire(Wire):
                 return None
             self.go_on_reading()
             until = self._held_since + self._limits.head_s if self._held else idle_until
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                async with asyncio.timeout(until - time.monotonic()):
-                    await self._waiter
-            except TimeoutError:
-                if self._held:
-                    raise BadMessage(f"no whole request head within {self._limits.head_s:g} s", 408) from None
+            left_s = until - time.monotonic()
+            if left_s <= 0 and self._held:
+                raise BadMessage(f"no whole request head within {self._limits.head_s:g} s", 408)
+            if left_s <= 0:
                 return None
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(left_s, self._wake)
+            try:
+                await self._waiter
             finally:
+                timer.cancel()
                 self._waiter = None
 
     def _take_head(self) -> Request | None:

@@ -74,12 +74,14 @@ class Upload:
             if self.body.held:
                 self._take(self.body.take(), most)
             return
-        try:
-            async with asyncio.timeout(limits.body_s):
-                while not self.whole and len(self.data) < at_least:
-                    self._take(await self.body.read(limits.stall_s), most)
-        except TimeoutError:
-            raise Refusal(408, "request_timeout", f"the body took longer than {limits.body_s:g} s") from None
+        until = time.monotonic() + limits.body_s
+        while not self.whole and len(self.data) < at_least:
+            try:
+                async with asyncio.timeout(min(limits.stall_s, until - time.monotonic())):
+                    piece = await self.body.read(None)
+            except TimeoutError:
+                raise Refusal(408, "request_timeout", "the body did not come in time") from None
+            self._take(piece, most)
 
     def let_go(self) -> None:
         """Forget it."""

@@ -1,4 +1,4 @@
-"""Keys: who may ask a model, and who may steer. Only digests are kept, and compared in a time that tells nothing."""
+"""Keys: who may ask a model. Only digests are kept, and compared in a time that tells nothing."""
 
 from __future__ import annotations
 
@@ -43,12 +43,3 @@ def key_of(headers: Mapping[str, str]) -> str:
     if scheme.lower() == "bearer" and credentials.strip():
         return credentials.strip()
     return headers.get("x-api-key") or headers.get("api-key") or ""
-
-
-def may_steer(token: Keys, headers: Mapping[str, str]) -> bool:
-    """Say whether a request carries the admin token. Without one configured nobody may.
-
-    It has to stand in a header that no browser sends by itself, so that a page elsewhere cannot use what a browser remembers.
-    """
-    key = key_of(headers)
-    return bool(token) and bool(key) and token.accept(key)

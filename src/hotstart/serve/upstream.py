@@ -111,13 +111,15 @@ class WorkerWire(Wire):
     async def answer(self, patience_s: float) -> AnswerHead:
         """Wait for the answer's head; its body is `body` then. Raises ReplicaBroken."""
         assert self._head
-        if not self._head.done():
-            try:
-                async with asyncio.timeout(patience_s):
-                    await self._head
-            except TimeoutError:
-                raise Silent(f"no answer within {patience_s:g} s") from None
-        return self._head.result()
+        if self._head.done():
+            return self._head.result()
+        timer = asyncio.get_running_loop().call_later(
+            patience_s, self._tell, Silent(f"no answer within {patience_s:g} s")
+        )
+        try:
+            return await self._head
+        finally:
+            timer.cancel()
 
     async def answer_or(self, other: asyncio.Task[None]) -> None:
         """Wait until the answer's head is there, or another task has ended."""
