@@ -44,6 +44,10 @@ FIELDS = [
     ("docs/cli.md", "hotstart snapshot create", "api.capturing.SnapshotTaken"),
     ("docs/cli.md", "hotstart plan", "restore.plan.Plan"),
     ("docs/cli.md", "hotstart receipt", "restore.receipt.Receipt"),
+    ("docs/serve.md", "The document", "serve.config.ServeConfig"),
+    ("docs/serve.md", "timeouts", "serve.config.TimeoutsConfig"),
+    ("docs/serve.md", "limits", "serve.config.LimitsConfig"),
+    ("docs/serve.md", "machine", "serve.config.MachineConfig"),
 ]
 # The same where they stand in a sentence: `{"pid", "name", ...}`.
 INLINE_FIELDS = [
@@ -313,6 +317,22 @@ def test_magic_numbers_and_version_are_those_of_the_code():
         assert f"`{magic.rstrip(bytes(1)).decode()}`" in document
     assert f"`{FORMAT}`" in document
     assert f"Version {FORMAT_MAJOR}.{FORMAT_MINOR}." in document
+
+
+def test_every_key_of_a_model_is_documented_and_no_other():
+    keys = {spans(first)[0] for first, *_ in rows(section("docs/serve.md", "model"))}
+    assert keys == set(struct_of("serve.config.ModelConfig").__struct_fields__)
+
+
+def test_every_metric_action_and_step_of_a_replicas_life_is_documented_and_no_other():
+    from hotstart.serve import lifecycle, metrics, pages
+
+    listed = {spans(first)[0] for first, *_ in rows(section("docs/serve.md", "Seeing it"))}
+    assert listed == set(metrics.HELP)
+    assert {spans(first)[0] for first, *_ in rows(section("docs/serve.md", "Administration"))} == set(pages.ACTIONS)
+    drawn = re.findall(r"^    (\w+) --> (\w+)", section("docs/serve.md", "Life of a model"), re.MULTILINE)
+    table = {(a.value, b.value) for a, following in lifecycle.NEXT.items() for b in following if b.value != "gone"}
+    assert set(drawn) == table
 
 
 def test_exit_codes_are_those_of_the_errors():

@@ -30,7 +30,7 @@ class PoolMember:
     def __init__(self, name: str, model: str, key: str, kind: str, now: float, takes: Resources) -> None:
         self.name, self.model, self.key, self.kind, self.takes = name, model, key, kind, takes
         self.state = State.STARTING
-        self.since = self.idle_since = self.checked_at = now
+        self.since = self.idle_since = self.checked_at = self.ready_at = now
         self.replica: Replica | None = None
         self.usage: Usage | None = None
         self.why = ""
@@ -39,9 +39,10 @@ class PoolMember:
         """Change its state. Raises ValueError for a step that the table does not have."""
         if not may_become(self.state, state):
             raise ValueError(f"{self.name} is {self.state.value} and cannot become {state.value}")
-        self.state, self.since = state, now
+        back = self.state is State.SUSPECT and state is State.READY
+        self.state, self.since = state, self.ready_at if back else now
         if state is State.READY:
-            self.idle_since = now
+            self.idle_since, self.ready_at = now, self.since
 
     def seen(self, now: float, in_flight: int) -> Member:
         """Describe it to the autoscaler."""
