@@ -191,7 +191,7 @@ async def test_a_connection_that_the_worker_let_go_is_no_failure():
 
     async with workers(x=last) as [worker], stage(CHAT) as s:
         s.pool.add(worker)
-        for _ in range(200):
+        for _ in range(60):
             assert (await s.ask("GET", "/m/x")).status == 200
         assert s.pool.failures == []
 

@@ -166,6 +166,9 @@ async def test_a_models_keys_open_that_model_only():
             answer = await s.ask("GET", "/m/x", headers)
             assert (answer.status, answer.code, answer.get("www-authenticate")) == (401, "invalid_api_key", "Bearer")
         assert (await s.openai(model="nobody", headers=bearer("wrong"))).status == 401
+        assert {(x.model, x.status, x.code) for x in s.served if x.outcome == "refused"} == {
+            ("", 401, "invalid_api_key")
+        }
         listed = (await s.ask("GET", "/v1/models", bearer("key-n"))).json()["data"]
         assert [m["id"] for m in listed] == ["n"]
         assert (await s.ask("GET", "/v1/models")).status == 401

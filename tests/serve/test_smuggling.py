@@ -53,7 +53,7 @@ STARTS = [
     b"GET http://a/m/%d HTTP/1.1",
     b"HEAD /m/%d HTTP/1.1",
 ]
-CONVERSATIONS = 400
+CONVERSATIONS = 240
 
 
 def conversation(rng):
