@@ -166,6 +166,9 @@ async def test_a_models_keys_open_that_model_only():
             answer = await s.ask("GET", "/m/x", headers)
             assert (answer.status, answer.code, answer.get("www-authenticate")) == (401, "invalid_api_key", "Bearer")
         assert (await s.openai(model="nobody", headers=bearer("wrong"))).status == 401
+        assert {(x.model, x.status, x.code) for x in s.served if x.outcome == "refused"} == {
+            ("", 401, "invalid_api_key")
+        }
         listed = (await s.ask("GET", "/v1/models", bearer("key-n"))).json()["data"]
         assert [m["id"] for m in listed] == ["n"]
         assert (await s.ask("GET", "/v1/models")).status == 401
@@ -176,3 +179,13 @@ async def test_a_models_keys_open_that_model_only():
 async def test_the_gateway_listens_on_loopback_unless_it_is_told_otherwise():
     async with stage() as s:
         assert [sock.getsockname()[0] for sock in s.gateway._server.sockets] == ["127.0.0.1"]
+
+
+@on_loop
+async def test_a_connection_that_has_ended_leaves_nothing_behind():
+    async with workers() as [worker], stage(CHAT) as s:
+        s.pool.add(worker)
+        for _ in range(100):
+            assert (await told(s, request("GET", "/m/x", [("connection", "close")]))).status == 200
+        pending = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]
+        assert len(pending) < 20 and not s.gateway._clients

@@ -63,6 +63,7 @@ class ClientWire(Wire):
         self._discarding = False
         self._waiter: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._patience: asyncio.TimerHandle | None = None
         self.busy = False
         self.leaving = False  # no request after this one
 
@@ -100,6 +101,8 @@ class ClientWire(Wire):
         """End what was done for this client."""
         super().connection_lost(exc)
         self._clients.discard(self)
+        if self._patience:
+            self._patience.cancel()
         gone = ClientGone("the client went away")
         for body in (self._body, self._raw):
             if body:
@@ -245,7 +248,8 @@ class ClientWire(Wire):
         if self.lost:
             return
         self.transport.close()
-        asyncio.get_running_loop().call_later(self._limits.stall_s, self.abort)  # if what was written is not taken
+        # If what was written is not taken.
+        self._patience = asyncio.get_running_loop().call_later(self._limits.stall_s, self.abort)
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():

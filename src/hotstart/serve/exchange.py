@@ -197,9 +197,9 @@ class Exchange:
 
     def _may_try_again(self, failure: ReplicaBroken) -> bool:
         """Say whether nothing was lost, and nothing can be done twice that must not be."""
-        if not self._upload.whole or isinstance(failure, Silent):
-            return False
-        return isinstance(failure, NotSent) or self._may_repeat
+        if isinstance(failure, NotSent):
+            return True
+        return self._may_repeat and self._upload.whole and not isinstance(failure, Silent)
 
     def _refusal(self, failure: ReplicaBroken) -> Refusal:
         if isinstance(failure, Silent):

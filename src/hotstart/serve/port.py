@@ -77,7 +77,7 @@ class Traffic(Protocol):
 class Served(Struct, frozen=True):
     """One request, once it is over; what metrics, traces and logs are made of."""
 
-    model: str
+    model: str  # empty: refused before it was known
     replica: str | None  # the last that was tried
     method: str
     path: str
