@@ -47,6 +47,7 @@ test: compiled .k8s/.set-up ## all tests but the long ones
 	scripts/install-swift
 	scripts/install-programs
 	scripts/install-packages chromium fonts-dejavu-core
+	PYTHON=$(BIN)/python scripts/install-otel
 	$(BIN)/pytest -m "not long" --ignore tests/cluster
 	$(K8S)/pytest deploy/tests --ignore deploy/tests/test_on_a_cluster.py
 
