@@ -308,3 +308,10 @@ def test_a_template_that_makes_no_sense_stops_nobody_else(world, template):
     world.settle(5)
     assert "good-source" in world.pods()
     assert "Refused" in reasons(world)
+
+
+def test_no_condition_has_an_empty_message(world):
+    capture_from_template(world)
+    world.cluster.patch(SNAPSHOTS, "ns", "chat", {"status": {"message": None, "conditions": []}}, "status")
+    world.settle(3)
+    assert [c["message"] for c in world.status()["conditions"]] == ["Ready", "Ready"]

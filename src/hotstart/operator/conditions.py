@@ -21,7 +21,7 @@ def conditions(obj: Object, wanted: Iterable[tuple[str, bool, str, str]], now: f
                 "type": kind,
                 "status": status,
                 "reason": reason,
-                "message": message,
+                "message": message or reason,  # Debian's build of Kubernetes 1.20 takes an empty string for null
                 "lastTransitionTime": old["lastTransitionTime"] if old.get("status") == status else timestamp(now),
                 **({} if generation is None else {"observedGeneration": generation}),
             }

@@ -236,7 +236,11 @@ def _operator() -> list[Manifest]:
         "imagePullPolicy": Value("imagePullPolicy"),
         "args": ["operator"],
         "env": [_env("POD_NAMESPACE", "metadata.namespace"), _env("POD_NAME", "metadata.name")],
-        "ports": [{"name": "webhook", "containerPort": 9443}, {"name": "health", "containerPort": 8081}],
+        "ports": [
+            # Server-side apply of older API servers asks for every key of a list, defaults too.
+            {"name": "webhook", "containerPort": 9443, "protocol": "TCP"},
+            {"name": "health", "containerPort": 8081, "protocol": "TCP"},
+        ],
         "readinessProbe": {"httpGet": {"path": "/readyz", "port": "health"}, "periodSeconds": 5},
         "livenessProbe": {"httpGet": {"path": "/healthz", "port": "health"}, "initialDelaySeconds": 10},
         "resources": Value("operator.resources"),
@@ -350,7 +354,10 @@ def _webhook() -> list[Manifest]:
         "v1",
         "Service",
         WEBHOOK_SERVICE,
-        spec={"selector": labels, "ports": [{"name": "webhook", "port": 443, "targetPort": "webhook"}]},
+        spec={
+            "selector": labels,
+            "ports": [{"name": "webhook", "port": 443, "targetPort": "webhook", "protocol": "TCP"}],
+        },
     )
     hook = {
         "name": f"placeholders.{GROUP}",
