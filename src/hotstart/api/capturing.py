@@ -15,8 +15,9 @@ from hotstart.adapters.criu.dumper import CriuDumper
 from hotstart.adapters.linux.capture import LinuxFilePacker, LinuxFreezer, enter_command
 from hotstart.adapters.linux.facts import our_privileges, process_facts
 from hotstart.adapters.linux.host import free_memory_bytes, host_fingerprint, needed_files, weight_files
-from hotstart.adapters.linux.procfs import children, mapped_files, memory_bytes, process_name, tree
+from hotstart.adapters.linux.procfs import children, inner_pid, mapped_files, memory_bytes, process_name, tree
 from hotstart.adapters.linux.traits import TraitsReader
+from hotstart.api.devices import WorkerDevice
 from hotstart.api.recording import restore_and_time, restore_and_watch, trial_name
 from hotstart.api.starting import StartingWorker, write_identity
 from hotstart.errors import BadUsage, HotstartError, MachineLacks, NotFound, Refused
@@ -63,7 +64,8 @@ class SnapshotTaken(Struct, frozen=True):
     """Seconds since the snapshot was asked for: worker ready and warm, restorable here, everything done; and how long it stood.
 
     `stored_bytes` is what it added to the store, None until it is packed; `fold_refused` why memory is not mapped, if so;
-    `ram_refused` why the memory files were not written to RAM first, if so; `secrets` the variables of its environment that look like secrets.
+    `ram_refused` why the memory files were not written to RAM first, if so; `secrets` the variables of its environment that look like secrets;
+    `device_s` what the steps took that moved its device state away, and back if it goes on; None if it has none.
     """
 
     snapshot: str
@@ -77,6 +79,7 @@ class SnapshotTaken(Struct, frozen=True):
     fold_refused: str | None
     ram_refused: str | None
     secrets: tuple[str, ...]
+    device_s: dict[str, float] | None = None
 
 
 class Progressing:
@@ -130,7 +133,8 @@ def take_snapshot(
         if options.quiesce:
             progressing.stage("quiescing")
             hotstart_.quiesce(state, folder.door, options.quiesce)
-        needed_bytes = _require_room(hotstart_, state, fold=options.fold)
+        device = stack.enter_context(WorkerDevice(hotstart_, state, keep=options.keep, ours=starting is not None))
+        needed_bytes = _require_room(hotstart_, state, device.total_bytes, fold=options.fold)
         ready = time.monotonic()
         progressing.stage("capturing")
         with hotstart_.ram.claim() as ours:
@@ -141,7 +145,8 @@ def take_snapshot(
             )
             if not starting:
                 state = place.noted_in(folder, state)
-            local, captured = _capture(hotstart_, partial, name, state, place, oracle, options)
+            local, captured = _capture(hotstart_, partial, name, state, place, oracle, options, device)
+            device.resume_if_kept()
         usable = time.monotonic()
         hotstart_.keep_kdat(state.init_pid)
         trial = trial_name(name)
@@ -159,6 +164,7 @@ def take_snapshot(
                 hotstart_.remove(trial, force=True)
             hotstart_.remove_snapshot(name)
             raise
+        device.done()
         write_identity(state.init_pid, state.name, "worker", state.address)
         if not starting and not options.keep:
             hotstart_.remove(state.name, force=True)
@@ -174,13 +180,16 @@ def take_snapshot(
         fold_refused=captured.refused,
         ram_refused=place.ram_refused,
         secrets=secret_names(state.worker.environment),
+        device_s={step.value: end - begin for step, (begin, end) in device.spans.items()} or None,
     )
 
 
-def _require_room(hotstart_: Hotstart, state: SandboxState, *, fold: bool) -> int:
+def _require_room(hotstart_: Hotstart, state: SandboxState, device_bytes: int, *, fold: bool) -> int:
     """Fail before anything is frozen if the memory will not fit on the disk; returns its bytes. What processes share counts once."""
     kinds = ("Pss_Anon", "SwapPss") if fold else ("Anonymous", "Swap")
-    needed = sum(m.get(kind, 0) for m in map(memory_bytes, tree(state.host_root_pid())) for kind in kinds)
+    needed = device_bytes + sum(
+        m.get(kind, 0) for m in map(memory_bytes, tree(state.host_root_pid())) for kind in kinds
+    )
     st = os.statvfs(hotstart_.snapshots.memory_root)
     free = st.f_bavail * st.f_frsize
     if free < needed:
@@ -253,6 +262,7 @@ def _capture(
     place: _Place,
     oracle: Oracle | None,
     options: SnapshotOptions,
+    device: WorkerDevice,
 ) -> tuple[LocalSnapshot, Captured]:
     root_pid = state.host_root_pid()
     _wait_for_pages(state.init_pid, root_pid)
@@ -269,7 +279,7 @@ def _capture(
         snapshot=state.snapshot,
     )
     dumper = CriuDumper(hotstart_.criu(), enter_command, state.root_pid, (partial.lock_fd,))
-    return capture_tree(hotstart_, partial, name, captured, dumper, LinuxFilePacker(), oracle, options)
+    return capture_tree(hotstart_, partial, name, captured, dumper, LinuxFilePacker(), oracle, options, device)
 
 
 def capture_tree(
@@ -281,10 +291,13 @@ def capture_tree(
     packer: FilePacker,
     oracle: Oracle | None,
     options: SnapshotOptions,
+    device: WorkerDevice | None = None,
 ) -> tuple[LocalSnapshot, Captured]:
     """Capture a tree and publish the snapshot here. Raises HotstartError, Refused, MachineLacks; the tree goes on."""
     pids = tree(source.host_root_pid)
     _require_no_obstacle(source.init_pid, pids)
+    if device:
+        device.suspend()  # from here on its device memory is ordinary memory of its processes
     host_folders = (*source.worker.visible, *source.worker.writable)
     needs = needed_files(pids, host_folders)
     weights = weight_files(options.weights, needs, stored=options.store_weights)
@@ -339,6 +352,7 @@ def capture_tree(
         logical_bytes=logical,
         oracle=oracle,
         weights=weights,
+        device=device.description if device else None,
     )
     return partial.publish(manifest), captured
 
@@ -410,11 +424,6 @@ def _require_whole_tree(init_pid: int, root_pid: int) -> None:
         )
 
 
-def _inner_pid(pid: int) -> int:
-    with open(f"/proc/{pid}/status", "rb") as f:
-        return int(next(line for line in f if line.startswith(b"NSpid:")).split()[-1])
-
-
 def _require_no_obstacle(init_pid: int, pids: Sequence[int]) -> None:
     """Raise Refused for a process that cannot be checkpointed, MachineLacks for one that cannot be here."""
     ours = our_privileges()
@@ -433,7 +442,7 @@ def _describe_processes(pids: Sequence[int]) -> dict[int, Process]:
     found = {}
     for pid in pids:
         with suppress(OSError):  # it ended while we looked
-            found[_inner_pid(pid)] = _process(pid)
+            found[inner_pid(pid)] = _process(pid)
     return found
 
 
@@ -442,12 +451,12 @@ def _memory_mapped(pids: Sequence[int]) -> dict[int, set[str]]:
     found = {}
     for pid in pids:
         with suppress(OSError):
-            found[_inner_pid(pid)] = _memory_names(mapped_files(pid))
+            found[inner_pid(pid)] = _memory_names(mapped_files(pid))
     return found
 
 
 def _process(pid: int) -> Process:
-    return Process(_inner_pid(pid), process_name(pid), len(os.listdir(f"/proc/{pid}/task")), None, "copied")
+    return Process(inner_pid(pid), process_name(pid), len(os.listdir(f"/proc/{pid}/task")), None, "copied")
 
 
 def _with_strategy(

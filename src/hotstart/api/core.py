@@ -15,13 +15,14 @@ from hotstart.adapters.criu.program import Criu, find_criu
 from hotstart.adapters.linux.cgroups import remove_cgroups
 from hotstart.adapters.linux.procfs import memory_bytes, tree
 from hotstart.adapters.linux.ramfolder import RamFolder
-from hotstart.adapters.linux.runfolder import RunFolder, RunFolders, SandboxState
+from hotstart.adapters.linux.runfolder import DEVICE, RunFolder, RunFolders, SandboxState
 from hotstart.adapters.linux.sandbox import kill_init
 from hotstart.api.history import note_restore, past_restores
 from hotstart.api.ports import Publish
 from hotstart.api.restoring import KDAT, RestoringReplicas, Started
 from hotstart.api.starting import StartingWorker, last_words, printable
 from hotstart.errors import BadUsage, Damaged, HotstartError, MachineLacks, NotFound, Refused
+from hotstart.restore.devices import DeviceFacts
 from hotstart.restore.plan import NodeFacts, Plan, WorkingSetFacts, make_plan
 from hotstart.restore.receipt import Span
 from hotstart.snapshot.manifest import Manifest
@@ -335,7 +336,15 @@ class Hotstart:
             if any(p.strategy == "userfaultfd" for p in manifest.processes)
             else None,
             no_streaming="" if local else why_no_streaming(),
+            devices=self._device_facts(manifest),
         )
+
+    def _device_facts(self, manifest: Manifest) -> DeviceFacts:
+        if manifest.device is None:
+            return DeviceFacts(missing="nobody looked for one")
+        from hotstart.api.devices import device_facts
+
+        return device_facts(self)
 
     def _images_missing(self, manifest: Manifest) -> int:
         """Bytes of large CRIU images that the page cache lacks; small ones are read in no time."""
@@ -438,6 +447,10 @@ class Hotstart:
         self.folders.sweep()
         self.snapshots.sweep(self.folders.live_memory_ids, self.folders.live_ram_ids)
         self.ram.unmount_if_empty()
+        if os.path.exists(os.path.join(self.run_root, DEVICE)):
+            from hotstart.api.devices import take_back
+
+            take_back(self)
 
     def require_privileges(self) -> None:
         """Raise MachineLacks if this cannot work here for want of privileges; make our folders, closed to other users.

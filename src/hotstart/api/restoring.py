@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from hotstart.restore.execute import Asker, Replica, finish_replica, start_repli
 from hotstart.restore.plan import Plan
 from hotstart.restore.receipt import Receipt, Span, Streamed, measure_stages, stages_of_init
 from hotstart.snapshot.layout import MEMORY_FOLDER
-from hotstart.snapshot.sandbox import Bind, SandboxSpec
+from hotstart.snapshot.sandbox import Bind, Sandbox, SandboxSpec
 from hotstart.snapshot.worker import RENEWAL_FOLDER, SUPPORT_FOLDER
 from hotstart.store.local import LocalSnapshot
 
@@ -181,6 +181,7 @@ class RestoringReplicas:
             renewal=RENEWAL_FOLDER,
             mounts=attachment.mounts if attachment else (),
             source_fd=attachment.source_fd if attachment else None,
+            entrance=manifest.device is not None,
         )
         self._replicas.append(Replica(folder.name, spec))
 
@@ -215,6 +216,7 @@ class RestoringReplicas:
                 self._folders[i].file("work"),
                 time.monotonic,
                 wait=self._wait,
+                resume_device=self._device_resumer(i),
             )
             if replica.oracle_ok is False:
                 raise Refused(
@@ -227,6 +229,14 @@ class RestoringReplicas:
                 connect_egress(replica.running.init_pid)
         except HotstartError as e:
             replica.error = e
+
+    def _device_resumer(self, i: int) -> Callable[[Sandbox], dict[str, Span]] | None:
+        if self._local.manifest.device is None:
+            return None
+        from hotstart.api.devices import ReplicaDevices
+
+        devices = ReplicaDevices(self._hotstart, self._local.manifest.device)
+        return lambda sandbox: devices.resume(sandbox, self._plan.device_moves[i])
 
     def _asker(self, replica: Replica) -> Asker:
         asker = self._hotstart.asker

@@ -27,6 +27,8 @@
  *   -P FD            PROGRAM ARG... is two commands, separated by "--": a page server (CRIU's), which listens in the folder FD,
  *                    and the restore that sends it a userfaultfd for each process
  *   -m FD|DST        attach at DST (under /run) the mount FD that is nowhere yet (repeatable)
+ *   -e FD            entrance: a restored tree is renewed and can be reached once a byte comes there; until then whoever restores
+ *                    its device state is at work
  *   -w FD            socket of whoever those mounts are answered by: end of file means that memory cannot be had any more: end
  *                    everything; what it says before goes to the log
  *
@@ -81,7 +83,7 @@ struct pair { char *source, *target; int writable; };
 struct publish { int fd, port; };
 
 static struct {
-	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid, pages, source;
+	int status, lifeline, log, result, door, pack, restore_fd, is_restore, root_pid, pages, source, entrance;
 	char *hostname, *workdir, *renewal;
 	struct pair binds[MAX_LIST], copies[MAX_LIST];
 	struct publish publishes[MAX_LIST];
@@ -89,7 +91,7 @@ static struct {
 	int cgroups[MAX_LIST], keeps[MAX_LIST];
 	int n_binds, n_copies, n_publishes, n_attached, n_cgroups, n_keeps;
 } opt = {.status = -1, .lifeline = -1, .log = -1, .result = -1, .door = -1, .pack = -1, .pages = -1,
-	.source = -1};
+	.source = -1, .entrance = -1};
 
 static struct rlimit files_of_program;
 
@@ -128,7 +130,7 @@ static struct pair split_pair(char *text, int writable)
 static char **parse(int argc, char **argv)
 {
 	int o;
-	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:m:n:w:P:")) != -1) {
+	while ((o = getopt(argc, argv, "+s:l:o:x:d:f:g:h:c:b:B:k:u:p:r:K:m:n:w:P:e:")) != -1) {
 		switch (o) {
 		case 's': opt.status = atoi(optarg); break;
 		case 'l': opt.lifeline = atoi(optarg); break;
@@ -148,6 +150,7 @@ static char **parse(int argc, char **argv)
 		case 'B': ADD(opt.binds, opt.n_binds, split_pair(optarg, 1)); break;
 		case 'k': ADD(opt.copies, opt.n_copies, split_pair(optarg, 0)); break;
 		case 'w': opt.source = atoi(optarg); break;
+		case 'e': opt.entrance = atoi(optarg); break;
 		case 'm': {
 			struct pair p = split_pair(optarg, 0);
 			struct attached a = {atoi(p.source), p.target};
@@ -396,7 +399,7 @@ static void let_pages_go(void)
 /* ---- relays: connections from the host to ports inside ----------------------------------------------------- */
 
 enum { RELAY_BYTES = 65536, CONNECTED = 0x06 };
-enum kind { SIGNALS, LIFELINE, LOG, SOURCE, DOOR, PUBLISH, PAGES_DOOR, PAGES, END };
+enum kind { SIGNALS, LIFELINE, LOG, SOURCE, ENTRANCE, DOOR, PUBLISH, PAGES_DOOR, PAGES, END };
 
 struct watch { enum kind kind; int fd, port; struct end *end; };
 struct end {             /* one side of a relay; what is read from it waits in buffer for the other side */
@@ -700,7 +703,7 @@ static void serve(pid_t program, int signals, int log_read)
 	struct watch sig = {.kind = SIGNALS, .fd = signals}, life = {.kind = LIFELINE, .fd = opt.lifeline};
 	struct watch log = {.kind = LOG, .fd = log_read}, door = {.kind = DOOR, .fd = opt.door};
 	struct watch pages_door = {.kind = PAGES_DOOR, .fd = page_listener}, pages = {.kind = PAGES};
-	struct watch source = {.kind = SOURCE, .fd = opt.source};
+	struct watch source = {.kind = SOURCE, .fd = opt.source}, entrance = {.kind = ENTRANCE, .fd = opt.entrance};
 	struct watch doors[MAX_LIST];
 	if (page_listener >= 0) watch(&pages_door, EPOLLIN, EPOLL_CTL_ADD);
 	watch(&sig, EPOLLIN, EPOLL_CTL_ADD);
@@ -723,6 +726,10 @@ static void serve(pid_t program, int signals, int log_read)
 				}
 				if (reap(program, root, log_read)) {
 					program = 0; /* its pid may be another's one day */
+					if (opt.entrance >= 0) {
+						watch(&entrance, EPOLLIN, EPOLL_CTL_ADD);
+						break;
+					}
 					renew_tree();
 					open_doors(&door, doors);
 				}
@@ -736,6 +743,15 @@ static void serve(pid_t program, int signals, int log_read)
 					close(w->fd);
 					if (opt.status >= 0) { close(opt.status); opt.status = -1; }
 				}
+				break;
+			}
+			case ENTRANCE: { /* its end without a byte: the caller died, and so do we by the lifeline */
+				char byte;
+				ssize_t got = read(w->fd, &byte, 1);
+				close(w->fd);
+				if (got != 1) break;
+				renew_tree();
+				open_doors(&door, doors);
 				break;
 			}
 			case LOG: pump_log(log_read); break;
@@ -816,6 +832,7 @@ static void init(char **program, double began)
 	nonblocking(opt.lifeline);
 	nonblocking(opt.door);
 	nonblocking(opt.source);
+	nonblocking(opt.entrance);
 	for (int i = 0; i < opt.n_publishes; i++) nonblocking(opt.publishes[i].fd);
 	serve(pid, signals, log_pipe[0]);
 }

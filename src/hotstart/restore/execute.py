@@ -74,9 +74,17 @@ def finish_replica(
     clock: Callable[[], float],
     *,
     wait: bool,
+    resume_device: Callable[[Sandbox], Mapping[str, Span]] | None = None,
 ) -> None:
-    """Wait for one replica to be resumed and renewed, and to answer as the warm worker did. Raises HotstartError."""
+    """Wait for one replica to be resumed and renewed, and to answer as the warm worker did. Raises HotstartError.
+
+    `resume_device` brings its device state back, before it is renewed and anybody can reach it; what it measured are stages.
+    """
     try:
+        if resume_device:
+            replica.running.wait_for("restored", RESTORE_TIMEOUT_S)
+            replica.spans.update(resume_device(replica.running))
+            replica.running.open_entrance()
         replica.running.wait_for("renewed", RESTORE_TIMEOUT_S)
     except ProgramFailed as e:
         why = why_criu_failed(os.path.join(work_folder, "restore.log"))

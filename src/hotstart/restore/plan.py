@@ -7,6 +7,7 @@ from math import log
 
 from msgspec import Struct
 
+from hotstart.restore.devices import DeviceFacts, place_replicas
 from hotstart.snapshot.manifest import HostFingerprint, Manifest, NeededFile, Process
 
 _WORTH_READING = 8 << 20  # bytes; a disk brings them in the time that a restore takes to begin
@@ -69,6 +70,7 @@ class NodeFacts(Struct, frozen=True):
     history: tuple[PastRestore, ...] = ()
     no_userfaultfd: str | None = None
     no_streaming: str = ""
+    devices: DeviceFacts = DeviceFacts(missing="nobody looked for one")
 
 
 class ProcessPlan(Struct, frozen=True):
@@ -87,7 +89,8 @@ class Plan(Struct, frozen=True):
     """What a restore will do. `refusals` are reasons why it must not be tried here; times in seconds, None: unknown.
 
     `prefetch` says whether the working set is read while the replicas are being restored, `read_ahead` whether all the rest of
-    the memory files follows when nothing else wants the disk. `missing_bytes` is what the page cache lacks of all, `images_missing` of CRIU's images.
+    the memory files follows when nothing else wants the disk. `missing_bytes` is what the page cache lacks of all, `images_missing` of CRIU's images. `device_moves` has
+    for each replica with device state which device, by UUID, takes the place of which; nothing where it stays.
     """
 
     snapshot: str
@@ -104,6 +107,7 @@ class Plan(Struct, frozen=True):
     images_missing: int
     predicted_resumed_s: float | None
     predicted_first_answer_s: float | None
+    device_moves: tuple[Mapping[str, str], ...] = ()
 
     @property
     def on_demand(self) -> bool:
@@ -123,10 +127,11 @@ def make_plan(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> Plan:
     missing = sum(max(0, m.data_bytes - (node.resident.get(m.name) or 0)) for m in manifest.memory)
     prefetch, reason = choose_prefetch(manifest, node)
     resumed, first = _predict(manifest, node, missing, replicas)
+    moves, no_device = place_replicas(manifest.device, node.devices, replicas) if manifest.device else ([], None)
     return Plan(
         snapshot=manifest.name,
         replicas=replicas,
-        refusals=tuple(refusals(manifest, node, replicas)),
+        refusals=(*refusals(manifest, node, replicas), *([no_device] if no_device else [])),
         notes=tuple(_notes(manifest, node, missing)),
         processes=processes,
         missing_bytes=missing,
@@ -138,6 +143,7 @@ def make_plan(manifest: Manifest, node: NodeFacts, replicas: int = 1) -> Plan:
         images_missing=node.images_missing,
         predicted_resumed_s=resumed,
         predicted_first_answer_s=first,
+        device_moves=tuple(moves),
     )
 
 

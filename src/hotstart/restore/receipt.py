@@ -22,6 +22,8 @@ STAGES = (
     "files",
     "init",
     "criu",
+    "device_restore",
+    "device_unlock",
     "renew",
     "notice",
     "first_answer",

@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from hotstart.errors import Damaged, Refused
 from hotstart.snapshot.codec import IllFormedError, decode, encode
+from hotstart.snapshot.device import DeviceState
 from hotstart.snapshot.warmup import Oracle
 from hotstart.snapshot.worker import WorkerSpec
 
@@ -118,6 +119,7 @@ class Manifest(Struct, frozen=True):
     working_set: str | None = None
     weights: tuple[WeightFile, ...] = ()
     error_pipe: str | None = None
+    device: DeviceState | None = None
     format: str = FORMAT
     format_version: tuple[int, int] = (FORMAT_MAJOR, FORMAT_MINOR)
 

@@ -26,7 +26,8 @@ class SandboxSpec(Struct, frozen=True):
     processes that are named in the folder `renewal`, inside, are then told to renew themselves.
     `page_server` is a command that fills the tree's memory as it is asked for; CRIU finds it in the folder `page_server_fd`.
     `mounts` are descriptors of mounts that are nowhere yet, and where they are seen. `source_fd`: as soon as its other end is closed,
-    memory cannot be had any more and the sandbox ends; what is written there before goes to the log.
+    memory cannot be had any more and the sandbox ends; what is written there before goes to the log. With `entrance` a restored tree
+    is not renewed, and cannot be reached, before `open_entrance`.
     """
 
     program: tuple[str, ...]
@@ -49,6 +50,7 @@ class SandboxSpec(Struct, frozen=True):
     page_server_fd: int = -1
     mounts: tuple[tuple[int, str], ...] = ()
     source_fd: int | None = None
+    entrance: bool = False
 
 
 class ProgramFailed(HotstartError):
@@ -65,6 +67,9 @@ class Sandbox(Protocol):
 
     def wait_for(self, event: str, timeout_s: float) -> None:
         """Wait for init to report an event. Raises HotstartError with init's own reason, ProgramFailed."""
+
+    def open_entrance(self) -> None:
+        """Let a restored tree be renewed and reached, now that it has its devices."""
 
     def commit(self) -> None:
         """Let it outlive this process."""

@@ -24,6 +24,12 @@ def process_name(pid: int) -> str:
         return ""
 
 
+def inner_pid(pid: int) -> int:
+    """The pid of a process in the innermost namespace that it is in. Raises OSError if it is gone."""
+    with open(f"/proc/{pid}/status", "rb") as f:
+        return int(next(line for line in f if line.startswith(b"NSpid:")).split()[-1])
+
+
 def children(pid: int) -> list[int]:
     """Direct children of all threads of a process; empty if it is gone."""
     found: list[int] = []

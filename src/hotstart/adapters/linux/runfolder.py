@@ -17,6 +17,7 @@ from hotstart.snapshot.warmup import Oracle
 from hotstart.snapshot.worker import WorkerSpec
 
 RAM = ".ram"  # the folder of memory files in RAM, beside the sandboxes' folders
+DEVICE = ".device"  # that of the process which talks to the devices (adapters/cuda/session.py)
 _LONGEST_STEM = 55  # of the 64 characters that a name, and a host's name, may have
 
 
@@ -227,7 +228,11 @@ class RunFolders:
         with suppress(FileNotFoundError):
             for name in os.listdir(self.root):
                 folder = RunFolder(os.path.join(self.root, name))
-                if name != RAM and os.path.isdir(folder.path) and (not name.startswith(".") or not _lives(name)):
+                if (
+                    name not in (RAM, DEVICE)
+                    and os.path.isdir(folder.path)
+                    and (not name.startswith(".") or not _lives(name))
+                ):
                     folder.clear_leftover()
         sweep_cgroups(self.root)
 

@@ -84,6 +84,10 @@ class LinuxSandbox:
             argv += ["-m", f"{fd}{_SEPARATOR}{target}"]
         if spec.source_fd is not None:
             argv += ["-w", str(spec.source_fd)]
+        self._entrance = -1
+        if spec.entrance:
+            entrance_read, self._entrance = os.pipe()
+            argv += ["-e", str(passed(entrance_read))]
         streamed = (*(fd for fd, _ in spec.mounts), *(() if spec.source_fd is None else (spec.source_fd,)))
         fds = (*opened, door.fileno(), *(s.fileno() for s, _ in spec.listeners), *spec.keep_fds, *streamed)
         self._starter = subprocess.Popen(
@@ -133,6 +137,11 @@ class LinuxSandbox:
             elif name == "error":
                 raise _failure(detail.strip())
 
+    def open_entrance(self) -> None:
+        """Let a restored tree be renewed and reached."""
+        with suppress(BrokenPipeError):  # it has ended; who waits for it will hear so
+            os.write(self._entrance, b"e")
+
     def commit(self) -> None:
         """Let it outlive this process. One that has ended by itself meanwhile is fine: its result says how."""
         with suppress(BrokenPipeError):
@@ -160,7 +169,7 @@ class LinuxSandbox:
         return bool(self.init_pid) and start_ticks(self.init_pid) is not None
 
     def _close(self) -> None:
-        for name in ("_status", "_lifeline"):
+        for name in ("_status", "_lifeline", "_entrance"):
             fd = getattr(self, name)
             if fd >= 0:
                 os.close(fd)

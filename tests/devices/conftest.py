@@ -1,0 +1,46 @@
+"""A hotstart on an emulated machine with devices. Nothing here runs on a GPU."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hotstart.api import Hotstart
+from hotstart.api.devices import end_service
+from tests.conftest import skip_or_fail
+from tests.devices.machine import EmulatedMachine, build
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulated driver, compiled."""
+    if not shutil.which(os.environ.get("CC") or "cc"):
+        skip_or_fail("no C compiler")
+    return build(tmp_path_factory.mktemp("emulated") / "lib")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, libraries: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedMachine]:
+    """A machine with two emulated devices of one type, which every process that is started here finds."""
+    machine = EmulatedMachine(tmp_path / "machine", libraries)
+    for name, value in machine.environment().items():
+        monkeypatch.setenv(name, value)
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def hotstart(tmp_path: Path, machine: EmulatedMachine) -> Iterator[Hotstart]:
+    """A Hotstart on it, whose workers and replicas end with the test."""
+    h = Hotstart(home=str(tmp_path / "home"), run=str(tmp_path / "run"))
+    yield h
+    clear(h)
+
+
+def clear(h: Hotstart) -> None:
+    """End everything."""
+    for _, state in h.ps():
+        h.remove(state.name, force=True)
+    end_service(h)
