@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from hotstart.serve.http1 import END_OF_HEAD, BadMessage, Decoder, RequestHead, parse_request, request_decoder
 from hotstart.serve.settings import ClientLimits
-from hotstart.serve.wire import Body, Broken, Wire
+from hotstart.serve.wire import Alarm, Body, Broken, Wire
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _MOST_AHEAD_BYTES = 64 << 10  # of requests that were sent before the answer to the last one
@@ -63,6 +63,7 @@ class ClientWire(Wire):
         self._discarding = False
         self._waiter: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._alarm = Alarm(self._wake)
         self._patience: asyncio.TimerHandle | None = None
         self.busy = False
         self.leaving = False  # no request after this one
@@ -101,6 +102,7 @@ class ClientWire(Wire):
         """End what was done for this client."""
         super().connection_lost(exc)
         self._clients.discard(self)
+        self._alarm.close()
         if self._patience:
             self._patience.cancel()
         gone = ClientGone("the client went away")
@@ -175,13 +177,12 @@ class ClientWire(Wire):
                 raise BadMessage(f"no whole request head within {self._limits.head_s:g} s", 408)
             if left_s <= 0:
                 return None
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            timer = loop.call_later(left_s, self._wake)
+            self._waiter = asyncio.get_running_loop().create_future()
+            self._alarm.set(until)
             try:
                 await self._waiter
             finally:
-                timer.cancel()
+                self._alarm.clear()
                 self._waiter = None
 
     def _take_head(self) -> Request | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from hotstart.serve.http1 import END_OF_HEAD, AnswerHead, BadMessage, Decoder, answer_decoder, parse_answer
 from hotstart.serve.port import Replica
-from hotstart.serve.wire import Body, Broken, Wire
+from hotstart.serve.wire import Alarm, Body, Broken, Wire
 
 # Servers let go of idle connections after 2 s (gunicorn), 5 s (uvicorn, node) and more: a connection that is kept for longer than
 # the most impatient one would often be met just as it closes.
@@ -53,6 +53,8 @@ class WorkerWire(Wire):
         self._reusable = False
         self._ended = False
         self._raw = False
+        self._alarm = Alarm(self._fall_silent)
+        self._patience_s = 0.0
 
     # ---- what the transport says
 
@@ -84,6 +86,7 @@ class WorkerWire(Wire):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell who waits."""
         super().connection_lost(exc)
+        self._alarm.close()
         self._reusable = False
         if self.body:
             self._tell(ReplicaBroken("the connection ended before the answer did"))
@@ -113,13 +116,12 @@ class WorkerWire(Wire):
         assert self._head
         if self._head.done():
             return self._head.result()
-        timer = asyncio.get_running_loop().call_later(
-            patience_s, self._tell, Silent(f"no answer within {patience_s:g} s")
-        )
+        self._patience_s = patience_s
+        self._alarm.set(time.monotonic() + patience_s)
         try:
             return await self._head
         finally:
-            timer.cancel()
+            self._alarm.clear()
 
     async def answer_or(self, other: asyncio.Task[None]) -> None:
         """Wait until the answer's head is there, or another task has ended."""
@@ -191,6 +193,9 @@ class WorkerWire(Wire):
         self._decoder = None
         self._tell(why)
         self.abort()
+
+    def _fall_silent(self) -> None:
+        self._tell(Silent(f"no answer within {self._patience_s:g} s"))
 
     def _tell(self, why: ReplicaBroken) -> None:
         if self._head and not self._head.done():

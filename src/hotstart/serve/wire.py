@@ -179,6 +179,50 @@ class Wire(asyncio.Protocol):
             drained.set_result(None)
 
 
+class Alarm:
+    """A deadline that is moved with every request and hardly ever met: one timer serves many of them."""
+
+    __slots__ = ("_at", "_loop", "_ring", "_timer")
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ring = ring
+        self._at: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, at: float) -> None:
+        """Ring at a point in time (CLOCK_MONOTONIC seconds), and not before."""
+        self._at = at
+        if self._timer is None or self._timer.when() > at:
+            self._arm(at)
+
+    def clear(self) -> None:
+        """Do not ring."""
+        self._at = None
+
+    def close(self) -> None:
+        """Never ring again."""
+        self._at = None
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm(self, at: float) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._at is None:
+            return
+        if self._loop.time() < self._at:
+            self._arm(self._at)
+        else:
+            self._at = None
+            self._ring()
+
+
 def watch_peer(s: socket.socket) -> None:
     """Have the kernel find out when a peer is gone."""
     if s.family in (socket.AF_INET, socket.AF_INET6):
