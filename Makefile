@@ -47,7 +47,7 @@ test: compiled .k8s/.set-up ## all tests but the long ones
 	scripts/install-swift
 	scripts/install-programs
 	$(BIN)/pytest -m "not long"
-	$(K8S)/pytest deploy/tests --ignore deploy/tests/test_on_a_cluster.py
+	$(K8S)/pytest deploy/tests --ignore-glob "*/test_on_a*"
 
 test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers
