@@ -49,7 +49,7 @@ test: compiled .k8s/.set-up ## all tests but the long ones
 	scripts/install-packages chromium fonts-dejavu-core
 	PYTHON=$(BIN)/python scripts/install-otel
 	$(BIN)/pytest -m "not long" --ignore tests/cluster
-	$(K8S)/pytest deploy/tests --ignore deploy/tests/test_on_a_cluster.py
+	$(K8S)/pytest deploy/tests --ignore-glob "*/test_on_a*"
 
 test-cluster: compiled ## pods on a real Kubernetes: that of KUBECONFIG, else one that is built and started for it
 	scripts/install-engine transformers
