@@ -11,7 +11,7 @@ K8S := .k8s/bin
 NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
-.PHONY: help setup engine demo test test-long test-cluster check lint format deploy bench bench-restore bench-store bench-gateway figures clean
+.PHONY: help setup engine demo test test-long test-cluster check lint format deploy bench bench-restore bench-store bench-gateway bench-serve figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -91,7 +91,7 @@ format: .tools/.set-up ## rewrite the code as the formatter wants it
 	$(TOOLS)/ruff format src tests bench deploy build_native.py
 	$(TOOLS)/ruff check --fix src tests bench deploy build_native.py
 
-bench: demo bench-restore bench-store bench-gateway figures ## all that is measured, and the figures of docs/benchmarks.md
+bench: demo bench-restore bench-store bench-gateway bench-serve figures ## all that is measured, and the figures of docs/benchmarks.md
 
 bench-restore: compiled ## cold start, plain CRIU, lazy pages and Hotstart for several sizes; out/bench
 	scripts/install-engine torch
@@ -105,6 +105,10 @@ bench-store: compiled ## chunking, compression, push and pull next to the device
 bench-gateway: compiled ## the gateway next to the server behind it and to other libraries; out/bench
 	scripts/install-packages wrk
 	$(BIN)/python -m bench.gateway --million
+
+bench-serve: compiled ## a burst of 100 requests to a model with no replica, restored and started cold; out/bench
+	scripts/install-engine transformers
+	$(BIN)/python -m bench.serve
 
 figures: setup ## docs/benchmarks.md from what was measured last
 	$(BIN)/python -m bench.report --take

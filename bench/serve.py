@@ -98,6 +98,9 @@ def _measure(folder: Path, engine: str, requests: int, rounds: int, replicas: in
     environment = {**os.environ, "HOTSTART_HOME": str(folder / "home"), "HOTSTART_RUN": str(folder / "run")}
     cache = folder / "cache"
     cache.mkdir()
+    # The oracle asks what the bursts ask: what a restore takes to its first answer can be compared.
+    oracle = {"method": "POST", "path": "/v1/chat/completions", "body": _BODY}
+    (folder / "warmup.jsonl").write_bytes(json.encode(oracle) + b"\n")
     with _serving(folder, environment, _config(engine, cache, replicas, "auto")) as server:
         server.ask()
         server.wait_for(lambda m: m["snapshot"] is not None)
@@ -127,7 +130,7 @@ name = "smollm2"
 command = ["{ROOT}/examples/{engine}/serve"]
 port = 8000
 ready_url = "http://127.0.0.1:8000/health"
-warmup = "{ROOT}/examples/{engine}/warmup.jsonl"
+warmup = "warmup.jsonl"
 env = {{ HOTSTART_EXAMPLE_CACHE = "{cache}" }}
 writable = ["{cache}"]
 max_replicas = {replicas}

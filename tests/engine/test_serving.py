@@ -260,3 +260,14 @@ def test_a_second_server_on_the_same_folders_is_refused(served):
     assert second.returncode == 1
     assert "another `hotstart serve` uses" in second.stderr
     assert len(second.stderr.splitlines()) == 1
+
+
+@pytest.mark.long
+def test_fifty_rounds_from_zero_to_many_and_back_lose_no_request(served):
+    server = served()
+    server.make_snapshot()
+    for _ in range(50):
+        wait_until(lambda: server.model()["phase"] == "cold", 60)
+        assert server.burst(20) == [b"pong"] * 20
+    assert len(server.events("cold")) == 1
+    assert server.events("start failed") == server.events("fallback") == server.events("replica failed") == []

@@ -118,6 +118,35 @@ def test_a_refused_snapshot_costs_one_cold_start_and_is_made_anew():
     asyncio.run(story())
 
 
+def test_three_replicas_that_find_the_same_snapshot_damaged_make_one_cold_start_and_one_snapshot():
+    async def story():
+        launcher = MemoryLauncher()
+        launcher.snapshots.add(("m", "0" * 12))
+        launcher.slow = {"restore": 0.02, "start_cold": 0.1}
+        launcher.scripts["restore"] = [Refused("wrong"), Refused("wrong"), Refused("wrong")]
+        async with running(launcher) as (pool, launcher, traffic):
+            traffic.waits("m", 9)
+            pool.wake("m")
+            await until(lambda: len(pool.replicas("m")) == 3)
+            assert (launcher.count("start_cold"), launcher.count("trial"), launcher.count("restore")) == (1, 1, 5)
+            assert pool.models["m"].never_freeze == {}
+
+    asyncio.run(story())
+
+
+def test_what_was_missing_and_is_there_again_is_started():
+    async def story():
+        launcher = MemoryLauncher()
+        launcher.scripts["recipe"] = [BadUsage("no program worker")]
+        async with running(launcher) as (pool, _, traffic):
+            assert "no program" in pool.outlook("m").given_up
+            traffic.waits("m", 1)
+            await pool._refresh(pool.models["m"])
+            await until(lambda: len(pool.replicas("m")) == 1)
+
+    asyncio.run(story())
+
+
 def test_a_snapshot_that_is_refused_again_is_given_up_and_cold_starts_serve():
     async def story():
         launcher = MemoryLauncher()

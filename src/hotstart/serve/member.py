@@ -70,7 +70,8 @@ class PoolModel:
         self.last_failure = ""
         self.hopeless = False  # until the configuration changes
         self.fell_back = ""  # why the snapshot is not used, if so
-        self.spoiled: set[str] = set()  # recipes whose snapshot was refused once and made anew
+        self.spoiled: set[str] = set()  # recipes whose snapshot was refused
+        self.remade: set[str] = set()  # of these, those that a new one was made of
         self.freezing = False  # a snapshot is being taken or tried
         self.freeze_failures = 0
         self.freeze_not_before = float("-inf")

@@ -67,6 +67,9 @@ class ReplicaPool:
         self._followers: list[Callable[[str], None]] = []
         self._traffic: Traffic | None = None
         self._threads = ThreadPoolExecutor(_THREADS, "pool")
+        self._askers = ThreadPoolExecutor(
+            _THREADS, "health"
+        )  # some wait for replicas that hang: no start waits behind them
         self._tasks: set[asyncio.Task[None]] = set()
         self._step_due = asyncio.Event()
         self._pace = _TICK_S
@@ -151,6 +154,7 @@ class ReplicaPool:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
         self._threads.shutdown(wait=False)
+        self._askers.shutdown(wait=False)
 
     def apply(self, config: ServeConfig) -> None:
         """Take another configuration: new models come, old ones are drained, changed ones are started anew beside their former selves."""
@@ -213,6 +217,7 @@ class ReplicaPool:
             raise BadUsage(f"model {name} cannot be started: {model.last_failure}")
         model.frozen = None
         model.spoiled.discard(recipe.key)
+        model.remade.discard(recipe.key)
         model.never_freeze.pop(recipe.key, None)
         model.fell_back, model.freeze_not_before = "", float("-inf")
         await self._blocking(partial(self.launcher.discard, recipe))
@@ -268,23 +273,27 @@ class ReplicaPool:
         self._spawn(self._bring_up(model, member, recipe))
 
     async def _bring_up(self, model: PoolModel, member: PoolMember, recipe: Recipe) -> None:
-        freeze = member.kind == "cold" and self._claim_freezing(model)
+        freeze = False
         try:
-            launched = await self._launch(model, member, recipe)
-            # It may have been started cold in place of a restore.
-            freeze = freeze or (member.kind == "cold" and self._claim_freezing(model))
+            launched = await self._restore(model, member, recipe) if member.kind == "restore" else None
+            if launched is None:
+                if model.freezing:
+                    raise _PutOffError("a snapshot is being made, which is there sooner")
+                freeze = self._claim_freezing(model)
+                member.kind, member.takes = "cold", model.needs()
+                launched = await self._blocking(partial(self.launcher.start_cold, recipe, member.name))
             model.took(launched.waterfall)
-            replica = Replica(member.name, member.model, launched.host, launched.port, model.config.concurrency)
-            member.replica = replica
+            member.replica = Replica(member.name, member.model, launched.host, launched.port, model.config.concurrency)
             self._tell_started(model, member, launched)
             if freeze and not self._closing:
                 await self._freeze(model, member, recipe)
-            elif member.state is State.STARTING:
+            else:
                 self._ready(model, member)
         except _RecipeChangedError as e:
-            self._become(member, State.ENDING)
-            self._gone(member)
+            self._forget_start(member)
             self._take_recipe(model, e.recipe, e.frozen)
+        except _PutOffError:
+            self._forget_start(member)
         except NoRoomError as e:
             self._start_failed(model, member, str(e), counts=False)
         except HotstartError as e:
@@ -305,17 +314,18 @@ class ReplicaPool:
         model.freezing = model.freezing or wanted
         return wanted
 
-    async def _launch(self, model: PoolModel, member: PoolMember, recipe: Recipe) -> Launched:
-        """Restore it; if its snapshot is refused, or that fails, start it cold instead."""
-        if member.kind == "restore" and model.frozen:
-            try:
-                return await self._blocking(partial(self._restore_unless_changed, recipe, model.frozen, member.name))
-            except (NoRoomError, BadUsage, MachineLacks, _RecipeChangedError):
-                raise
-            except HotstartError as e:
-                await self._fall_back(model, recipe, e)
-            member.kind, member.takes = "cold", model.needs()
-        return await self._blocking(partial(self.launcher.start_cold, recipe, member.name))
+    async def _restore(self, model: PoolModel, member: PoolMember, recipe: Recipe) -> Launched | None:
+        """Restore a replica; None if its snapshot is refused or that fails: it is to be started cold, then."""
+        frozen = model.frozen
+        if frozen is None:
+            return None
+        try:
+            return await self._blocking(partial(self._restore_unless_changed, recipe, frozen, member.name))
+        except (NoRoomError, BadUsage, MachineLacks, _RecipeChangedError):
+            raise
+        except HotstartError as e:
+            await self._fall_back(model, recipe, frozen, e)
+        return None
 
     def _restore_unless_changed(self, recipe: Recipe, frozen: Frozen, name: str) -> Launched:
         """In a thread. What it is made of is looked at again: a file may have changed since the last look."""
@@ -329,22 +339,26 @@ class ReplicaPool:
             return self.launcher.frozen(recipe)
         return None
 
-    async def _fall_back(self, model: PoolModel, recipe: Recipe, error: HotstartError) -> None:
-        """Note why a snapshot is not used. One that is refused is made anew, once; the second time its model stays with cold starts."""
+    async def _fall_back(self, model: PoolModel, recipe: Recipe, frozen: Frozen | None, error: HotstartError) -> None:
+        """Note why a snapshot is not used. One that is refused is made anew, once; after that its model stays with cold starts.
+
+        Several replicas may have been restored from it at the same time: `frozen` is the one that this was about.
+        """
         model.fell_back = str(error)
         self.events.tell(
             "fallback", f"the snapshot is not used, a cold start is made instead: {error}", model.config.name, bad=True
         )
-        if not isinstance(error, Refused | NotFound):
-            return  # it may work the next time
-        refused_before = recipe.key in model.spoiled
-        model.spoiled.add(recipe.key)
+        known = frozen is not None and model.frozen is not frozen
+        if known or not isinstance(error, Refused | NotFound):
+            return  # somebody else has seen to it; or it may work the next time
         model.frozen = None
         if model.config.snapshot != AUTO:
             return
-        if refused_before:
+        if recipe.key in model.remade:
             model.never_freeze[recipe.key] = str(error)
-        elif not model.freezing:
+            return
+        model.spoiled.add(recipe.key)
+        if not model.freezing:
             with suppress(HotstartError):
                 await self._blocking(partial(self.launcher.discard, recipe))
 
@@ -369,6 +383,8 @@ class ReplicaPool:
             go_on()
             return
         model.freeze_failures, model.fell_back = 0, ""
+        if recipe.key in model.spoiled:
+            model.remade.add(recipe.key)
         if model.recipe and model.recipe.key == recipe.key:
             model.frozen = frozen
         took = self._clock() - began
@@ -385,7 +401,10 @@ class ReplicaPool:
         self.events.tell(
             "start failed", f"{text} (next try in {wait:g} s at the earliest)", model.config.name, member.name, bad=True
         )
-        if member.state is State.STARTING:
+        self._forget_start(member)
+
+    def _forget_start(self, member: PoolMember) -> None:
+        if member.state in (State.STARTING, State.FREEZING):
             self._become(member, State.ENDING)
         self._gone(member)
 
@@ -436,9 +455,9 @@ class ReplicaPool:
             self._ready(model, member)
 
     async def _what_ails(self, model: PoolModel, member: PoolMember, timeout_s: float) -> str:
-        if not await self._blocking(partial(self.launcher.alive, member.name)):
-            return "it has ended; " + await self._blocking(partial(self.launcher.last_words, member.name))
-        return await self._blocking(partial(self.launcher.healthy, model.config, member.name, timeout_s))
+        if not await self._asking(partial(self.launcher.alive, member.name)):
+            return "it has ended; " + await self._asking(partial(self.launcher.last_words, member.name))
+        return await self._asking(partial(self.launcher.healthy, model.config, member.name, timeout_s))
 
     def _drain(self, member: PoolMember, why: str) -> None:
         if member.state is State.READY:
@@ -508,7 +527,7 @@ class ReplicaPool:
             await asyncio.sleep(_WATCH_S)
             watched = [m for model in self.models.values() for m in model.members.values() if m.state is State.READY]
             if watched:
-                alive = await self._blocking(partial(self._alive, [m.name for m in watched]))
+                alive = await self._asking(partial(self._alive, [m.name for m in watched]))
                 for member, lives in zip(watched, alive, strict=True):
                     if not lives and member.state is State.READY:
                         self._suspect(member, "its process is gone")
@@ -529,10 +548,10 @@ class ReplicaPool:
         are known to answer while they are busy.
         """
         busy = bool(model.load.in_flight.get(member.name))
-        reason = await self._blocking(
+        reason = await self._asking(
             partial(self.launcher.healthy, model.config, member.name, model.config.health_timeout_s)
         )
-        member.usage = await self._blocking(partial(self.launcher.usage, member.name))
+        member.usage = await self._asking(partial(self.launcher.usage, member.name))
         busy = busy and bool(model.load.in_flight.get(member.name))
         if member.state is not State.READY:
             return
@@ -561,8 +580,10 @@ class ReplicaPool:
                 if model.uses_snapshots and recipe.key not in model.never_freeze:
                     frozen = await self._blocking(partial(self.launcher.frozen, recipe))
             except Refused as e:
-                await self._fall_back(model, recipe, e)
+                await self._fall_back(model, recipe, None, e)
             self._take_recipe(model, recipe, frozen)
+            if model.hopeless:
+                model.hopeless, model.failures, model.not_before = False, 0, float("-inf")
             if model.cold is None:
                 model.cold = await self._blocking(partial(self.launcher.cold_start, recipe))
         except HotstartError as e:
@@ -624,6 +645,13 @@ class ReplicaPool:
 
     async def _blocking(self, action: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, action)
+
+    async def _asking(self, action: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._askers, action)
+
+
+class _PutOffError(HotstartError):
+    """A start that is not worth it any more: the autoscaler may decide on another one."""
 
 
 class _RecipeChangedError(HotstartError):
