@@ -11,7 +11,8 @@ K8S := .k8s/bin
 NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
-.PHONY: help setup engine demo test test-long test-cluster check lint format deploy bench bench-restore bench-store bench-gateway bench-serve figures clean
+.PHONY: help setup engine demo test test-gpu test-long test-cluster check lint format deploy bench bench-restore bench-store
+.PHONY: bench-gateway bench-serve figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +25,7 @@ $(VENV)/.packages: scripts/install-packages
 
 $(VENV)/.set-up: $(VENV)/.packages pyproject.toml build_native.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[k8s,plots,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cuda,k8s,plots,test]'
 	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes typing_extensions
 	@touch $@
 
@@ -48,12 +49,16 @@ test: compiled .k8s/.set-up ## all tests but the long ones
 	scripts/install-programs
 	scripts/install-packages chromium fonts-dejavu-core
 	PYTHON=$(BIN)/python scripts/install-otel
+	scripts/install-cuda-bindings
 	$(BIN)/pytest -m "not long" --ignore tests/cluster
 	$(K8S)/pytest deploy/tests --ignore-glob "*/test_on_a*"
 
 test-cluster: compiled ## pods on a real Kubernetes: that of KUBECONFIG, else one that is built and started for it
 	scripts/install-engine transformers
 	$(if $(KUBECONFIG),,scripts/cluster run) $(BIN)/pytest tests/cluster
+
+test-gpu: compiled ## what needs an NVIDIA GPU; says "skipped: no GPU" where there is none
+	$(BIN)/pytest -rs tests/gpu
 
 test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers

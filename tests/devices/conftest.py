@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hotstart.api import Hotstart
 from hotstart.api.devices import end_service
 from tests.conftest import skip_or_fail
 from tests.devices.machine import EmulatedMachine, build
+from tests.engine.conftest import processes_of, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -34,13 +36,28 @@ def machine(tmp_path: Path, libraries: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def hotstart(tmp_path: Path, machine: EmulatedMachine) -> Iterator[Hotstart]:
     """A Hotstart on it, whose workers and replicas end with the test."""
-    h = Hotstart(home=str(tmp_path / "home"), run=str(tmp_path / "run"))
+    with a_hotstart(tmp_path) as h:
+        yield h
+
+
+@contextmanager
+def a_machine(folder: Path, libraries: Path) -> Iterator[tuple[Hotstart, EmulatedMachine]]:
+    """The same for more than one test."""
+    machine = EmulatedMachine(folder / "machine", libraries)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in machine.environment().items():
+            patch.setenv(name, value)
+        with a_hotstart(folder) as h:
+            yield h, machine
+    machine.close()
+
+
+@contextmanager
+def a_hotstart(folder: Path) -> Iterator[Hotstart]:
+    """A Hotstart, of which nothing is left."""
+    h = Hotstart(home=str(folder / "home"), run=str(folder / "run"))
     yield h
-    clear(h)
-
-
-def clear(h: Hotstart) -> None:
-    """End everything."""
     for _, state in h.ps():
         h.remove(state.name, force=True)
     end_service(h)
+    wait_until(lambda: processes_of(str(folder)) == [])

@@ -14,10 +14,11 @@ import pytest
 from hotstart.adapters.linux.procfs import tree
 from hotstart.api import Hotstart, devices
 from hotstart.api.capturing import SnapshotOptions
+from hotstart.api.gpudoctor import describe_devices, try_device
 from hotstart.errors import HotstartError, Refused
 from hotstart.snapshot.device import DeviceFailed, WorkerLost
 from hotstart.snapshot.warmup import Request
-from tests.devices.conftest import clear
+from tests.devices.conftest import a_machine
 from tests.devices.machine import GPUS, EmulatedMachine
 from tests.engine.conftest import ask, wait_until
 
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.criu
 
 MEMORY = Request("GET", "/memory")
 HERE, OTHER = GPUS
+
+
+long = pytest.mark.long
 
 
 def infer(h: Hotstart, name: str, add: int) -> bytes:
@@ -90,6 +94,7 @@ def test_a_worker_that_is_kept_waits_for_the_trial_if_the_device_has_no_room_for
     assert memory(hotstart, "w") == before
 
 
+@long
 def test_a_replica_can_be_snapshotted(hotstart: Hotstart, machine: EmulatedMachine):
     hotstart.snapshot("s", machine.worker(), SnapshotOptions(warmup=[MEMORY]))
     (replica,) = hotstart.restore("s")
@@ -138,7 +143,13 @@ def test_all_processes_of_a_tree_and_all_their_devices_come_back(hotstart: Hotst
     assert [memory(hotstart, r.name) for r in started] == [before, before]
 
 
-@pytest.mark.parametrize("cuda", [12080, 13010, 13040])
+def test_the_doctor_tries_a_snapshot_with_device_memory(hotstart: Hotstart, machine: EmulatedMachine):
+    machine.configure(capacity=512 << 20)
+    assert "driver 613.00-emulated, CUDA 13.4, by cuda-bindings" in describe_devices(hotstart)
+    assert "byte for byte" in try_device(machine.environment(), (str(machine.folder),))
+
+
+@pytest.mark.parametrize("cuda", [12080, *(pytest.param(cuda, marks=long) for cuda in (13010, 13040))])
 def test_older_drivers_restore_where_the_snapshot_was_taken(hotstart: Hotstart, machine: EmulatedMachine, cuda: int):
     machine.configure(cuda=cuda, capacity=5 << 20)
     hotstart.snapshot("s", machine.worker(), SnapshotOptions(warmup=[MEMORY]))
@@ -151,6 +162,7 @@ def test_older_drivers_restore_where_the_snapshot_was_taken(hotstart: Hotstart, 
         assert machine.used(OTHER)
 
 
+@long
 def test_cuda_checkpoint_does_it_where_cuda_bindings_cannot(
     hotstart: Hotstart, machine: EmulatedMachine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -164,55 +176,57 @@ def test_cuda_checkpoint_does_it_where_cuda_bindings_cannot(
     assert replica.receipt.oracle_ok
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"driver": "999.99"}, "taken with the device driver 613.00-emulated, here is 999.99"),
-        ({"capability": "8 0"}, r"needs a device .*9\.0, 64 MiB\), here is .*8\.0"),
-        ({"capacity": 128 << 20}, "needs a device .*64 MiB"),
-    ],
-)
-def test_another_driver_or_device_is_refused_before_anything_is_touched(
-    hotstart: Hotstart, machine: EmulatedMachine, change: dict, reason: str
-):
-    hotstart.snapshot("s", machine.worker(), SnapshotOptions(warmup=[MEMORY]))
-    machine.configure(**change)
-    devices.end_service(hotstart)  # a driver is not changed under a program that uses it
-    with pytest.raises(Refused, match=reason):
-        hotstart.restore("s")
-    assert not list(hotstart.folders.all())
-
-
-def test_a_machine_without_a_driver_says_what_is_missing(
+def test_another_driver_or_device_or_none_is_refused_before_anything_is_touched(
     hotstart: Hotstart, machine: EmulatedMachine, monkeypatch: pytest.MonkeyPatch
 ):
     hotstart.snapshot("s", machine.worker(), SnapshotOptions(warmup=[MEMORY]))
+    for change, reason in (
+        ({"driver": "999.99"}, "taken with the device driver 613.00-emulated, here is 999.99"),
+        ({"capability": "8 0"}, r"needs a device .*9\.0, 64 MiB\), here is .*8\.0"),
+        ({"capacity": 128 << 20}, "needs a device .*64 MiB"),
+    ):
+        machine.configure(**change)
+        devices.end_service(hotstart)  # a driver is not changed under a program that uses it
+        with pytest.raises(Refused, match=reason):
+            hotstart.restore("s")
     devices.end_service(hotstart)
     monkeypatch.delenv("LD_LIBRARY_PATH")
     with pytest.raises(Refused, match="it needs a device: no NVIDIA device can be used"):
         hotstart.restore("s")
+    assert not list(hotstart.folders.all())
 
 
 # ---- what goes wrong while a snapshot is taken
 
 
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory, libraries: Path):
+    """A hotstart, its machine, a running worker w of two processes and a digest of its device memory."""
+    with a_machine(tmp_path_factory.mktemp("serving"), libraries) as (h, machine):
+        h.run("w", machine.worker(WORKER_PROCESSES=2))
+        yield h, machine, memory(h, "w")
+
+
 @pytest.mark.parametrize("what", ["error 801", "error 999", "agent"])
 @pytest.mark.parametrize("step", ["lock", "checkpoint"])
-def test_a_step_that_fails_leaves_the_worker_as_it_was(
-    hotstart: Hotstart, machine: EmulatedMachine, step: str, what: str
-):
-    hotstart.run("w", machine.worker(WORKER_PROCESSES=2))
-    before = memory(hotstart, "w")
+def test_a_step_that_fails_leaves_the_worker_as_it_was(serving, step: str, what: str):
+    h, machine, before = serving
     machine.fault(step, what)
     with pytest.raises(DeviceFailed):
-        hotstart.snapshot("s", "w", SnapshotOptions(warmup=[MEMORY], keep=True))
+        h.snapshot("s", "w", SnapshotOptions(warmup=[MEMORY], keep=True))
     assert not machine.faults_left()
-    assert hotstart.snapshots.names() == []
-    assert memory(hotstart, "w") == before
-    hotstart.snapshot("s", "w", SnapshotOptions(warmup=[MEMORY], keep=True))  # and now it works
+    assert h.snapshots.names() == []
+    assert memory(h, "w") == before
 
 
-@pytest.mark.parametrize("step", ["lock", "checkpoint"])
+def test_afterwards_the_next_snapshot_works(serving):
+    h, machine, before = serving
+    h.snapshot("s", "w", SnapshotOptions(warmup=[MEMORY], keep=True))
+    assert memory(h, "w") == before
+    h.remove_snapshot("s")
+
+
+@pytest.mark.parametrize("step", [pytest.param("lock", marks=long), "checkpoint"])
 def test_a_worker_whose_device_state_is_lost_is_ended(hotstart: Hotstart, machine: EmulatedMachine, step: str):
     hotstart.run("w", machine.worker(WORKER_PROCESSES=2))
     machine.fault(step, "fail 719")
@@ -223,7 +237,7 @@ def test_a_worker_whose_device_state_is_lost_is_ended(hotstart: Hotstart, machin
     assert hotstart.snapshots.names() == []
 
 
-@pytest.mark.parametrize("step", ["lock", "checkpoint"])
+@pytest.mark.parametrize("step", [pytest.param("lock", marks=long), "checkpoint"])
 def test_a_process_that_dies_in_the_middle_takes_nobody_along(hotstart: Hotstart, machine: EmulatedMachine, step: str):
     hotstart.run("w", machine.worker())
     machine.fault(step, "die")
@@ -265,7 +279,7 @@ def test_a_dump_that_fails_brings_the_device_back(
     assert memory(hotstart, "w") == before
 
 
-@pytest.mark.parametrize("step", ["restore", "unlock"])
+@pytest.mark.parametrize("step", ["restore", pytest.param("unlock", marks=long)])
 @pytest.mark.parametrize("what", ["error 2", "agent"])
 def test_a_worker_that_is_kept_is_brought_back_at_the_second_attempt(
     hotstart: Hotstart, machine: EmulatedMachine, step: str, what: str
@@ -332,16 +346,9 @@ def services_of(h: Hotstart) -> list[int]:
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory: pytest.TempPathFactory, libraries: Path):
     """A hotstart, its machine, and a snapshot s of a worker of two processes."""
-    folder = tmp_path_factory.mktemp("frozen")
-    machine = EmulatedMachine(folder / "machine", libraries)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in machine.environment().items():
-            patch.setenv(name, value)
-        h = Hotstart(home=str(folder / "home"), run=str(folder / "run"))
+    with a_machine(tmp_path_factory.mktemp("frozen"), libraries) as (h, machine):
         h.snapshot("s", machine.worker(WORKER_PROCESSES=2), SnapshotOptions(warmup=[MEMORY]))
         yield h, machine
-        clear(h)
-    machine.close()
 
 
 @pytest.mark.parametrize("what", ["error 2", "error 46", "fail 2", "fail 719", "die", "agent"])

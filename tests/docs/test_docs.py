@@ -33,6 +33,9 @@ GROUPS = ("snapshot", "keys", "k8s")  # commands of two words
 FIELDS = [
     ("docs/format.md", "Manifest: the document", "snapshot.manifest.Manifest"),
     ("docs/format.md", "WorkerSpec", "snapshot.worker.WorkerSpec"),
+    ("docs/format.md", "DeviceState", "snapshot.device.DeviceState"),
+    ("docs/format.md", "Gpu", "snapshot.device.Gpu"),
+    ("docs/format.md", "DeviceProcess", "snapshot.device.DeviceProcess"),
     ("docs/format.md", "HostFingerprint", "snapshot.manifest.HostFingerprint"),
     ("docs/format.md", "Process", "snapshot.manifest.Process"),
     ("docs/format.md", "File", "snapshot.manifest.File"),

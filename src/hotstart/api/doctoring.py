@@ -19,6 +19,7 @@ from hotstart.adapters.linux.host import free_memory_bytes
 from hotstart.adapters.linux.native import native_program
 from hotstart.adapters.linux.node import measure_read_bandwidth
 from hotstart.api.capturing import Progressing, SnapshotOptions, take_snapshot
+from hotstart.api.gpudoctor import describe_devices, has_gpu, try_device
 from hotstart.errors import HotstartError
 from hotstart.snapshot.warmup import Request
 from hotstart.snapshot.worker import WorkerSpec
@@ -90,7 +91,7 @@ def examine(hotstart: Hotstart, *, gpu: bool = False) -> list[Check]:
         ),
         _memory(),
         _tried("disk", lambda: _disk(hotstart), "free some space, or set HOTSTART_HOME to a folder with more"),
-        _device(required=gpu),
+        _device(hotstart, required=gpu),
     ]
     works = all(
         c.ok for c in checks if c.required and c.name in ("kernel", "privileges", "programs", "namespaces", "criu")
@@ -101,6 +102,8 @@ def examine(hotstart: Hotstart, *, gpu: bool = False) -> list[Check]:
                 "snapshot and restore", _try_it, "read the reason; `hotstart --debug doctor` shows where it happened"
             )
         )
+        if gpu and has_gpu():
+            checks.append(_tried("device snapshot", try_device, "read the reason; docs/gpu.md says what is needed"))
     else:
         checks.append(
             Check("snapshot and restore", False, "not tried: the checks above come first", "mend those, then ask again")
@@ -212,13 +215,12 @@ def _disk(hotstart: Hotstart) -> str:
     return f"{free >> 30} GiB free in {hotstart.home}, read at {bandwidth / 1e9:.2f} GB/s"
 
 
-def _device(*, required: bool) -> Check:
-    try:
-        with open("/proc/driver/nvidia/version", encoding="utf-8", errors="replace") as f:
-            driver = f.readline().strip()
-        return Check("device", True, driver, required=required)
-    except OSError:
-        return Check("device", not required, "no GPU: workers on CPUs only", "install a GPU and its driver", required)
+def _device(hotstart: Hotstart, *, required: bool) -> Check:
+    if not has_gpu():
+        detail = "skipped: no GPU; workers on CPUs only"
+        return Check("device", not required, detail, "install an NVIDIA GPU and its driver, 570 or later", required)
+    remedy = "read the reason; docs/gpu.md says what is needed"
+    return _tried("device", lambda: describe_devices(hotstart), remedy, required=required)
 
 
 def _try_it() -> str:

@@ -10,7 +10,7 @@ def main(arguments: list[str], _entered: float) -> int:
     from hotstart.api.doctoring import examine
 
     p = parser("doctor", "Can this machine do it? Each check, why it fails, what to do.")
-    p.add_argument("--gpu", action="store_true", help="a GPU is required")
+    p.add_argument("--gpu", action="store_true", help="a GPU is required, and a snapshot with device memory is tried")
     options = p.parse_args(arguments)
     checks = examine(open_hotstart(), gpu=options.gpu)
     ok = all(c.ok for c in checks if c.required)

@@ -61,13 +61,13 @@ class DeviceFailed(HotstartError):
         """`why` names the driver's error."""
         self.pid, self.step, self.why = pid, step, why
         self.out_of_memory, self.busy = out_of_memory, busy
-        what = f"could not {step.value} process {pid}" if step else f"knows nothing of process {pid}"
+        what = f"the device could not {step.value} process {pid}" if step else f"the device lost hold of process {pid}"
         remedy = ""
         if out_of_memory:
             remedy = ": free memory of the device, or restore fewer replicas"
         elif busy:
             remedy = ": its device was busy for longer than that; let it drain its requests first"
-        super().__init__(f"the device {what} ({why}){remedy}")
+        super().__init__(f"{what} ({why}){remedy}")
 
 
 class WorkerLost(HotstartError):
