@@ -4,6 +4,7 @@
     good-1.1/    the same of format 1.1; never made again
     good/        the same of the format of today
     weights/     the same, with a chunk of a weight file, WEIGHTS, in it, which does not lie at a page
+    planes/      the same of good, with memory whose chunks are stored as byte planes
     corrupted/   the same with one bit of a pack flipped
     newer/       the same, but its manifest says that it is of format 2.0
     encrypted/   the same as good, opened by KEY; salts and keys are random, so it is never the same twice
@@ -42,6 +43,8 @@ TENSOR = random.Random(2).randbytes(LEAST_PIECE_BYTES + 100)
 WEIGHTS = b"{}" + TENSOR + b"more"
 WEIGHTS_PATH = "/models/golden.safetensors"
 MEMORY_WITH_WEIGHTS = (MEMORY[: 5 * PAGE] + b"a" * 72 + TENSOR).ljust(23 * PAGE, b"z")
+_WORDS = random.Random(3)
+MEMORY_OF_WORDS = b"".join(_WORDS.randbytes(3) + b"w" for _ in range(20 * PAGE // 4))
 FILES = {"images/pstree.img": b"p" * 100, "files.pack": b"HSFILES1", "regions.json": b" " * 100}
 
 
@@ -109,6 +112,7 @@ def make_all(folder: Path) -> None:
     os.mkdir(folder)
     make(DirectoryStore(str(folder / "good")))
     make(DirectoryStore(str(folder / "weights")), memory=MEMORY_WITH_WEIGHTS, weights=TENSOR)
+    make(DirectoryStore(str(folder / "planes")), memory=MEMORY_OF_WORDS)
     make_corrupted(folder / "good", folder / "corrupted")
     make(DirectoryStore(str(folder / "newer")), format_version=(FORMAT_MAJOR + 1, 0))
     make(DirectoryStore(str(folder / "encrypted")), read_key=lambda: KEY)

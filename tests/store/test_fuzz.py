@@ -17,7 +17,7 @@ from hotstart.store.content import decode_index, digest_of
 from hotstart.store.local import LocalSnapshots
 from hotstart.store.memory import MemoryStore
 from hotstart.store.mending import mend
-from hotstart.store.packs import decode_places
+from hotstart.store.packs import PLANES, RAW, ZSTD, Codec, Place, decode_places, open_chunk
 from hotstart.store.publishing import LocalSource, known_places
 from hotstart.store.pulling import pull, verify_stored
 from hotstart.store.signing import Keyring
@@ -254,6 +254,30 @@ def test_indexes_tables_of_places_and_of_packs(plain, number):
             assert all(p.position + p.stored_bytes <= sizes[f"packs/{p.pack}"] for p in places.values())
 
     fuzz("indexes", number, one)
+
+
+@times(400, 20_000)
+def test_chunks_as_they_are_stored(number):
+    """Compressed, or as byte planes, and whatever a table says of codec and length."""
+    noise = random.Random(5).randbytes(30_000)
+    chunks = [noise, b"again and " * 4000, b"".join(noise[i : i + 3] + b"w" for i in range(0, 30_000, 3)) + b"end"]
+    stored = [(chunk, *Codec().encode(chunk)) for chunk in chunks]
+    assert {codec for _, codec, _ in stored} == {RAW, ZSTD, PLANES}
+    others = [bytes(data) for _, _, data in stored]
+    frame = others[1]
+
+    def one(chance):
+        chunk, codec, data = chance.choice(stored)
+        data = mutated(bytes(data), chance, others)
+        if codec == PLANES and chance.random() < 0.3:  # a plane that is another frame
+            data = (
+                b"".join(n.to_bytes(4, "little") for n in (10_000, 10_000, 10_000, len(frame))) + noise + frame + b"end"
+            )
+        length = chance.choice([len(chunk)] * 8 + [0, 1, 1 << 20, len(chunk) + 1])
+        place = Place("ab" * 32, 0, len(data), length, chance.choice([codec] * 8 + [RAW, ZSTD, PLANES, 7]))
+        assert open_chunk(digest_of(chunk), place, data, Codec(), None) == chunk
+
+    assert fuzz("chunks", number, one)["Damaged"] > number / 2
 
 
 @times(200, 10_000)

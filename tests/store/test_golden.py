@@ -10,6 +10,7 @@ from hotstart.store.content import digest_of
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.local import LocalSnapshots
 from hotstart.store.memory import MemoryStore
+from hotstart.store.packs import PLANES
 from hotstart.store.pulling import pull, verify_stored
 from hotstart.store.signing import Keyring
 from tests.store import golden
@@ -69,6 +70,13 @@ def test_a_store_with_weights_is_read_without_their_file_and_with_it(tmp_path, k
     assert Path(with_file.memory_path(golden.MEMORY_NAME)).read_bytes() == golden.MEMORY_WITH_WEIGHTS
 
 
+def test_a_store_with_byte_planes_is_read(tmp_path, keyring):
+    repo = opened(folder("planes"), keyring)
+    assert PLANES in {place.codec for place in repo.places_of(repo.find("golden").digest).values()}
+    assert verify_stored(repo, "golden") > 0
+    assert laid_out(repo, tmp_path)[1] == golden.MEMORY_OF_WORDS
+
+
 def test_an_encrypted_store_of_format_1_is_read_with_its_key_and_refused_without(tmp_path, keyring):
     require_right(opened(folder("encrypted"), keyring, lambda: golden.KEY), tmp_path / "with")
     with pytest.raises(Refused, match="it is encrypted"):
@@ -105,7 +113,7 @@ def test_the_golden_files_are_what_is_written_today(tmp_path):
     # If this fails the format has changed, or where chunks end: what is stored already must be read all the same, and is shared
     # no longer with what is stored from now on.
     golden.make_all(tmp_path / "golden")
-    for name in ("good", "weights", "corrupted", "newer"):
+    for name in ("good", "weights", "planes", "corrupted", "newer"):
         assert objects_of(DirectoryStore(str(tmp_path / "golden" / name))) == objects_of(folder(name)), name
     assert (tmp_path / "golden" / "good.tar").read_bytes() == (golden.FOLDER / "good.tar").read_bytes()
     shape = {key.partition("/")[0] for key in objects_of(DirectoryStore(str(tmp_path / "golden" / "encrypted")))}

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import zstandard
 from msgspec import structs
@@ -12,6 +13,7 @@ from hotstart.store import packs
 from hotstart.store.content import PAGE_BYTES, digest_of
 from hotstart.store.memory import MemoryStore
 from hotstart.store.packs import (
+    PLANES,
     RAW,
     ZSTD,
     Codec,
@@ -29,6 +31,11 @@ from tests.store.samples import repository
 
 NOISE = random.Random(1).randbytes(100_000)
 TEXT = b"the same words again and again " * 4000
+FLOATS = np.random.default_rng(1).normal(0, 0.02, 50_000).astype("<f4")
+FLOAT32 = FLOATS.tobytes()
+FLOAT16 = FLOATS.astype("<f2").tobytes()
+BFLOAT16 = (FLOATS.view("<u4") >> 16).astype("<u2").tobytes()
+FLOAT32_OF_BFLOAT16 = (FLOATS.view("<u4") & 0xFFFF0000).tobytes()
 SEALING = Sealing("ab" * 16, "cd" * 16)
 
 
@@ -79,6 +86,12 @@ def read_back(store, places, chunk, cipher=None):
         (TEXT[:1000], ZSTD),
         (bytes(5000), ZSTD),
         (NOISE[:20_000] + bytes(20_000), ZSTD),
+        (FLOAT32, PLANES),
+        (FLOAT16, PLANES),
+        (BFLOAT16, PLANES),
+        (FLOAT32_OF_BFLOAT16, PLANES),
+        (FLOAT32[:-3], PLANES),
+        (BFLOAT16[:1001], PLANES),
     ],
 )
 def test_what_shrinks_is_compressed_and_what_does_not_is_stored_as_it_is(data, codec):
@@ -86,6 +99,22 @@ def test_what_shrinks_is_compressed_and_what_does_not_is_stored_as_it_is(data, c
     assert kind == codec
     assert len(packed) <= len(data)
     assert bytes(Codec().decode(kind, packed, len(data))) == data
+
+
+@pytest.mark.parametrize(
+    ("data", "most"), [(FLOAT32, 0.86), (FLOAT16, 0.86), (BFLOAT16, 0.70), (FLOAT32_OF_BFLOAT16, 0.35)]
+)
+def test_weights_take_what_their_signs_and_exponents_and_mantissas_hold(data, most):
+    assert len(Codec().encode(data)[1]) < most * len(data)
+    assert len(Codec().encode(data)[1]) < 0.97 * len(zstandard.ZstdCompressor(level=1).compress(data))
+
+
+def test_text_is_not_split_into_planes_to_find_out_that_it_is_text(monkeypatch):
+    monkeypatch.delattr(packs.planes, "pack")
+    assert Codec().encode(TEXT)[0] == ZSTD
+    assert Codec().encode(NOISE)[0] == RAW
+    with pytest.raises(AttributeError):
+        Codec().encode(FLOAT32)
 
 
 def test_a_codec_that_was_told_not_to_compress_does_not():
@@ -136,17 +165,18 @@ def test_a_codec_that_is_not_known_asks_for_a_newer_hotstart():
 
 
 def test_every_chunk_comes_back_as_it_was_raw_or_compressed():
-    store, places = a_pack(NOISE, TEXT, b"x", NOISE[:5000])
-    for chunk in (NOISE, TEXT, b"x", NOISE[:5000]):
+    chunks = (NOISE, TEXT, b"x", NOISE[:5000], FLOAT32, BFLOAT16[:-1])
+    store, places = a_pack(*chunks)
+    for chunk in chunks:
         assert read_back(store, places, chunk) == chunk
-    assert {places[digest_of(c)].codec for c in (NOISE, TEXT)} == {RAW, ZSTD}
+    assert [places[digest_of(c)].codec for c in (NOISE, TEXT, FLOAT32)] == [RAW, ZSTD, PLANES]
 
 
 def test_an_encrypted_pack_shows_nothing_of_its_chunks_and_gives_them_back():
-    store, places = a_pack(NOISE, b"secret", sealing=SEALING, cipher=XorCipher())
+    store, places = a_pack(NOISE, b"secret", FLOAT32, sealing=SEALING, cipher=XorCipher())
     ((key, _),) = store.list("")
     assert b"secret" not in store.read(key) and NOISE[:64] not in store.read(key)
-    for chunk in (NOISE, b"secret"):
+    for chunk in (NOISE, b"secret", FLOAT32):
         assert places[digest_of(chunk)].sealing == SEALING
         assert read_back(store, places, chunk, XorCipher()) == chunk
 
@@ -252,7 +282,7 @@ def random_places(seed, count=50):
             chance.getrandbits(36),
             chance.randint(1, length),
             length,
-            chance.choice([RAW, ZSTD]),
+            chance.choice([RAW, ZSTD, PLANES]),
             sealing_of[pack],
         )
     return places
@@ -355,7 +385,7 @@ def test_a_chunk_without_a_place_or_whose_pack_is_gone_is_damaged():
         repo.read_chunk("ab" * 32, {"ab" * 32: Place("cd" * 32, 0, 1, 1, RAW)})
 
 
-@pytest.mark.parametrize("chunk", [NOISE, TEXT])
+@pytest.mark.parametrize("chunk", [NOISE, TEXT, BFLOAT16])
 @pytest.mark.parametrize(
     ("position", "stored", "length"),
     [(1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1), (-1, 0, 0), (1 << 39, 0, 0), (0, 1 << 20, 0)],
