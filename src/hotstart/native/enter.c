@@ -43,7 +43,8 @@
 #include "filepack.h"
 
 int mount(const char *, const char *, const char *, unsigned long, const void *); /* <sys/mount.h> clashes, see init.c */
-enum { M_NOSUID = 2, M_NODEV = 4 };
+int umount2(const char *, int);
+enum { M_NOSUID = 2, M_NODEV = 4, M_PRIVATE = 1 << 18 };
 enum { MAX_LIST = 64, SEPARATOR = 0x1f, STOP_TIMEOUT_MS = 2000, TMPFS = 0x01021994, SYSCALL_BYTES = 2 };
 static const char support[] = "/run/hotstart";
 
@@ -298,7 +299,8 @@ static int run(int argc, char **argv)
 		default: errno = EINVAL; die("option");
 		}
 	}
-	struct mount_attr readonly = {.attr_set = MOUNT_ATTR_RDONLY};
+	/* Private: the node's mounts may be shared, and whatever is mounted on a copy of a shared one appears on all of them. */
+	struct mount_attr readonly = {.attr_set = MOUNT_ATTR_RDONLY, .propagation = M_PRIVATE};
 	for (int i = 0; i < n_binds; i++) {
 		tree[i] = (int)syscall(SYS_open_tree, AT_FDCWD, binds[i].source, OPEN_TREE_CLONE | O_CLOEXEC);
 		if (tree[i] < 0 || syscall(SYS_mount_setattr, tree[i], "", AT_EMPTY_PATH, &readonly, sizeof readonly)) die(binds[i].source);
@@ -321,6 +323,7 @@ static int run(int argc, char **argv)
 	if (is_private) private_support();
 	for (int i = 0; i < n_binds; i++) {
 		make_folders(binds[i].target);
+		umount2(binds[i].target, 2 | 8 /* MNT_DETACH | UMOUNT_NOFOLLOW */); /* of an earlier restore */
 		if (syscall(SYS_move_mount, tree[i], "", AT_FDCWD, binds[i].target, MOVE_MOUNT_F_EMPTY_PATH)) die(binds[i].target);
 	}
 	if (pack >= 0 && filepack_unpack(pack, writable_root, problem, sizeof problem)) { errno = EINVAL; die(problem); }
