@@ -14,10 +14,26 @@ NODE = "n1"
 SCRIPT = ROOT / "scripts" / "cluster"
 _TIMEOUT_S = 120
 # The agent is no privileged container: what containerd gives every container, and what the DaemonSet adds.
-CAPABILITIES = (
-    "chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service net_raw sys_chroot mknod audit_write setfcap "
-    "sys_admin sys_ptrace sys_time net_admin"
-).split()
+CAPABILITIES = [
+    "chown",
+    "dac_override",
+    "fowner",
+    "fsetid",
+    "kill",
+    "setgid",
+    "setuid",
+    "setpcap",
+    "net_bind_service",
+    "net_raw",
+    "sys_chroot",
+    "mknod",
+    "audit_write",
+    "setfcap",
+    "sys_admin",
+    "sys_ptrace",
+    "sys_time",
+    "net_admin",
+]
 
 
 def kubectl(*arguments, stdin=None, check=True):
