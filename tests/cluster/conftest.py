@@ -77,7 +77,7 @@ def namespace(request):
     kube.until("its service account", lambda: kube.kubectl("get", "sa", "default", "-n", name, check=False))
     yield name
     kube.kubectl("delete", "deployments,snapshots", "--all", "-n", name, "--wait=false")
-    kube.kubectl("delete", "pods", "--all", "-n", name, "--grace-period=1", "--timeout=60s")
+    kube.kubectl("delete", "pods", "--all", "-n", name, "--grace-period=1", "--wait=false")
     kube.kubectl("delete", "namespace", name, "--wait=false")
 
 

@@ -43,7 +43,8 @@
 #include "filepack.h"
 
 int mount(const char *, const char *, const char *, unsigned long, const void *); /* <sys/mount.h> clashes, see init.c */
-enum { M_NOSUID = 2, M_NODEV = 4 };
+int umount2(const char *, int);
+enum { M_NOSUID = 2, M_NODEV = 4, M_PRIVATE = 1 << 18 };
 enum { MAX_LIST = 64, SEPARATOR = 0x1f, STOP_TIMEOUT_MS = 2000, TMPFS = 0x01021994, SYSCALL_BYTES = 2 };
 static const char support[] = "/run/hotstart";
 
@@ -83,14 +84,25 @@ static int64_t call(pid_t pid, long number, uint64_t a, uint64_t b, uint64_t c, 
 	r.rax = (uint64_t)number;
 	r.rdi = a; r.rsi = b; r.rdx = c; r.r10 = d; r.r8 = e; r.r9 = f;
 	if (ptrace(PTRACE_SETREGS, pid, 0, &r)) return -errno;
-	for (int stops = 0; stops < 2; stops++) { /* entry and exit, or the event of an exec */
-		if (ptrace(PTRACE_SYSCALL, pid, 0, 0)) return -errno;
+	for (int stops = 0; stops < 2;) { /* entry and exit, or the event of an exec */
+		if (ptrace(PTRACE_SYSCALL, pid, 0, 0)) return -errno; /* a signal is dropped: it was for a program that ends here */
 		int st = next_stop(pid);
 		if (st < 0) return -ESRCH;
 		if (st >> 8 == (SIGTRAP | (PTRACE_EVENT_EXEC << 8))) return 0;
-		if (WSTOPSIG(st) != (SIGTRAP | 0x80)) return -EINTR;
+		if (WSTOPSIG(st) == (SIGTRAP | 0x80)) stops++;
 	}
 	return ptrace(PTRACE_GETREGS, pid, 0, &r) ? -errno : (int64_t)r.rax;
+}
+
+/* The runtime's own process, about to become the container's: it has rights to give up before that. */
+static int is_runtime(pid_t pid)
+{
+	char path[32], name[32] = "";
+	snprintf(path, sizeof path, "/proc/%d/comm", pid);
+	int f = open(path, O_RDONLY | O_CLOEXEC);
+	if (f >= 0 && read(f, name, sizeof name - 1) < 0) *name = 0;
+	if (f >= 0) close(f);
+	return !strncmp(name, "runc:[", 6) || !strncmp(name, "crun", 4);
 }
 
 static size_t lay(char *buffer, size_t filled, const char *text, size_t bytes)
@@ -134,8 +146,15 @@ static int take(int argc, char **argv)
 	size_t table = (filled + 15) / 8 * 8, bytes = table + (n + 1) * sizeof *pointers;
 
 	if (ptrace(PTRACE_SEIZE, pid, 0, PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC)) die("seize it");
-	int st;
-	if (ptrace(PTRACE_INTERRUPT, pid, 0, 0)) die("stop it");
+	int st = 0;
+	if (is_runtime(pid)) {
+		while ((st = next_stop(pid)) >= 0 && st >> 16 != PTRACE_EVENT_EXEC) {
+			if (ptrace(PTRACE_CONT, pid, 0, st >> 16 ? 0 : WSTOPSIG(st))) break;
+		}
+		if (st < 0 || ptrace(PTRACE_INTERRUPT, pid, 0, 0) || ptrace(PTRACE_CONT, pid, 0, 0)) die("wait until it is the container's");
+	} else if (ptrace(PTRACE_INTERRUPT, pid, 0, 0)) {
+		die("stop it");
+	}
 	while ((st = next_stop(pid)) >= 0 && st >> 16 != PTRACE_EVENT_STOP) {
 		if (ptrace(PTRACE_CONT, pid, 0, st >> 16 ? 0 : WSTOPSIG(st))) break; /* a signal, or an exec of its own: pass it on */
 	}
@@ -298,7 +317,8 @@ static int run(int argc, char **argv)
 		default: errno = EINVAL; die("option");
 		}
 	}
-	struct mount_attr readonly = {.attr_set = MOUNT_ATTR_RDONLY};
+	/* Private: the node's mounts may be shared, and whatever is mounted on a copy of a shared one appears on all of them. */
+	struct mount_attr readonly = {.attr_set = MOUNT_ATTR_RDONLY, .propagation = M_PRIVATE};
 	for (int i = 0; i < n_binds; i++) {
 		tree[i] = (int)syscall(SYS_open_tree, AT_FDCWD, binds[i].source, OPEN_TREE_CLONE | O_CLOEXEC);
 		if (tree[i] < 0 || syscall(SYS_mount_setattr, tree[i], "", AT_EMPTY_PATH, &readonly, sizeof readonly)) die(binds[i].source);
@@ -321,6 +341,7 @@ static int run(int argc, char **argv)
 	if (is_private) private_support();
 	for (int i = 0; i < n_binds; i++) {
 		make_folders(binds[i].target);
+		umount2(binds[i].target, 2 | 8 /* MNT_DETACH | UMOUNT_NOFOLLOW */); /* of an earlier restore */
 		if (syscall(SYS_move_mount, tree[i], "", AT_FDCWD, binds[i].target, MOVE_MOUNT_F_EMPTY_PATH)) die(binds[i].target);
 	}
 	if (pack >= 0 && filepack_unpack(pack, writable_root, problem, sizeof problem)) { errno = EINVAL; die(problem); }

@@ -1325,7 +1325,7 @@ static void undo_and_quit(void)
 /* A child enters the namespace, for good: we need ours for the rest. Returns 0, or errno. */
 static int bind_folder(int namespace, int tree)
 {
-	struct mount_attr readonly = {.attr_set = MOUNT_ATTR_RDONLY};
+	struct mount_attr readonly = {.attr_set = MOUNT_ATTR_RDONLY, .propagation = 1 << 18 /* MS_PRIVATE */};
 	if (setns(namespace, CLONE_NEWNS) || mkdir(inside, 0755)) return errno;
 	if (syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &readonly, sizeof readonly) ||
 	    syscall(SYS_move_mount, tree, "", AT_FDCWD, inside, MOVE_MOUNT_F_EMPTY_PATH)) {
