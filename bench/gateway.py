@@ -29,7 +29,6 @@ from typing import Any, cast
 
 from msgspec import json
 
-from bench import report
 from bench.gateway_peers import KINDS
 from bench.gatewayfigures import DIRECT, OURS, GatewayFigures, Latency, Memory, Parsing, Streaming, targets_of_gateway
 from hotstart.serve.gateway import Gateway
@@ -204,7 +203,7 @@ def load(who: str, port: int, pid: int | None, rate: int, seconds: float, connec
             "wrk",
             "-t1",
             f"-c{connections}",
-            f"-d{seconds:g}s",
+            f"-d{max(1, round(seconds))}s",
             "-s",
             f.name,
             f"http://127.0.0.1:{port}/v1/chat/completions",
@@ -336,6 +335,7 @@ def peers_python() -> str:
 def measure(seconds: float, rates: list[int], *, million: bool) -> GatewayFigures:
     """Run everything, in turn."""
     python, latencies, streaming = peers_python(), [], []
+    machine = f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, load before: {os.getloadavg()[0]:.1f}"
     memory = None
     with ExitStack() as stack:
         upstream = free_port()
@@ -364,7 +364,6 @@ def measure(seconds: float, rates: list[int], *, million: bool) -> GatewayFigure
         [python, "-m", "bench.gateway", "--parsing"],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}, cwd=ROOT, check=True, capture_output=True,
     ).stdout  # fmt: skip
-    machine = f"{os.cpu_count()} cores, Python {sys.version.split()[0]}"
     targets = targets_of_gateway(latencies, streaming, memory)
     return GatewayFigures(machine, latencies, json.decode(parsing, type=list[Parsing]), streaming, memory, targets)
 
@@ -392,6 +391,8 @@ def main() -> None:
     else:
         if not shutil.which("wrk"):
             sys.exit("bench.gateway: wrk is missing: apt-get install wrk")
+        from bench import report  # not by the peers' interpreter
+
         figures = measure(options.seconds, [int(r) for r in options.rates.split(",")], million=options.million)
         OUT.mkdir(parents=True, exist_ok=True)
         (OUT / "gateway.json").write_bytes(json.format(json.encode(figures), indent=1))
