@@ -185,6 +185,7 @@ class LocalLauncher:
                 raise NoRoomError(str(e)) from e
             raise
         stages = dict(started.receipt.stages)
+        stages.pop("unaccounted", None)
         if not by_oracle:
             asked = time.monotonic()
             try:
@@ -194,7 +195,7 @@ class LocalLauncher:
                 raise
             stages["ready"] = time.monotonic() - asked
         total = time.monotonic() - began
-        stages["unaccounted"] = max(0.0, total - sum(v for k, v in stages.items() if k != "unaccounted"))
+        stages["unaccounted"] = max(0.0, total - sum(stages.values()))
         waterfall = Waterfall(name, "restore", total, stages, time.time(), started.receipt.strategy)
         return Launched(name, *_host_and_port(started.address), waterfall)
 
