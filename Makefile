@@ -24,7 +24,7 @@ $(VENV)/.packages: scripts/install-packages
 
 $(VENV)/.set-up: $(VENV)/.packages pyproject.toml build_native.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[k8s,plots,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[agent,plots,test]'
 	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes typing_extensions
 	@touch $@
 
@@ -49,11 +49,12 @@ test: compiled .k8s/.set-up ## all tests but the long ones
 	scripts/install-packages chromium fonts-dejavu-core
 	PYTHON=$(BIN)/python scripts/install-otel
 	$(BIN)/pytest -m "not long" --ignore tests/cluster
-	$(K8S)/pytest deploy/tests --ignore deploy/tests/test_on_a_cluster.py
+	$(K8S)/pytest deploy/tests --ignore-glob "*/test_on_a*"
 
-test-cluster: compiled ## pods on a real Kubernetes: that of KUBECONFIG, else one that is built and started for it
+test-cluster: compiled .k8s/.set-up ## pods on a real Kubernetes: that of KUBECONFIG, else one that is built and started for it
 	scripts/install-engine transformers
 	$(if $(KUBECONFIG),,scripts/cluster run) $(BIN)/pytest tests/cluster
+	$(if $(KUBECONFIG),,scripts/cluster run) $(K8S)/pytest deploy/tests/test_on_an_api_server.py deploy/tests/test_on_a_cluster.py
 
 test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers

@@ -5,6 +5,8 @@ trusts. Each certificate has an authority of its own, whose key is thrown away a
 an operator may be killed between any two:
 
     the next pair is put beside the one in use -> the API server is told to trust both -> a while later, the next becomes the one in use
+
+The authority before stays trusted for a while more: operators read the Secret in their own time.
 """
 
 from __future__ import annotations
@@ -38,16 +40,29 @@ def next_step(secret: Object, webhook: Object, now: float, make: Callable[[], Pa
     """Decide what the certificates need; `make` is asked only if a pair is needed."""
     using, coming = read_pair(secret), read_pair(secret, "next-")
     if using is None or using.ends <= now:  # nothing that works could be lost
-        using, coming = make(), None
-        return Decision((_put(secret, {**_data(using), **_data(None, "next-")}), *_trust(webhook, [using])), 0)
+        using = make()
+        return Decision(
+            (_put(secret, {**_data(using), **_data(None, "next-")}), *_trust(webhook, [using.authority])), 0
+        )
     actions: list[Action] = []
     if coming is None and using.ends - now < RENEW_BEFORE.total_seconds():
         coming = make()
         actions.append(_put(secret, _data(coming, "next-")))
-    actions += _trust(webhook, [using] if coming is None else [using, coming])
+    authorities = [using.authority, *([coming.authority] if coming else []), *_before(secret, now)]
+    actions += _trust(webhook, authorities)
     if coming is not None and not actions and now - coming.made >= SETTLE_S:
-        return Decision((_put(secret, {**_data(coming), **_data(None, "next-")}),), SETTLE_S)
-    return Decision(tuple(actions), _LOOK_AGAIN_S if coming is None else SETTLE_S)
+        before = {"before-ca.crt": _encode(using.authority), "changed": _encode(str(now).encode())}
+        actions.append(_put(secret, {**_data(coming), **_data(None, "next-"), **before}))
+    return Decision(tuple(actions), _LOOK_AGAIN_S)
+
+
+def _before(secret: Object, now: float) -> list[bytes]:
+    """Return the authority of the certificate before this one, as long as an operator may not have heard of the change."""
+    data = path(secret, "data") or {}
+    try:
+        return [_decode(data["before-ca.crt"])] if now - float(_decode(data["changed"])) < SETTLE_S else []
+    except (KeyError, ValueError):
+        return []
 
 
 def read_pair(secret: Object, prefix: str = "") -> Pair | None:
@@ -120,9 +135,9 @@ def utc(now: float) -> datetime:
     return datetime.fromtimestamp(int(now), UTC)
 
 
-def _trust(webhook: Object, pairs: list[Pair]) -> list[Action]:
+def _trust(webhook: Object, authorities: list[bytes]) -> list[Action]:
     """Tell the API server which authorities to trust, if that is not what it was told."""
-    bundle = base64.b64encode(b"".join(p.authority for p in pairs)).decode()
+    bundle = _encode(b"".join(authorities))
     hooks: list[Object] = path(webhook, "webhooks") or []
     if all(path(h, "clientConfig", "caBundle") == bundle for h in hooks):
         return []
@@ -144,7 +159,11 @@ def _data(pair: Pair | None, prefix: str = "") -> dict[str, str | None]:
             "made": str(pair.made).encode(),
             "ends": str(pair.ends).encode(),
         }
-    return {f"{prefix}{k}": None if v is None else base64.b64encode(v).decode() for k, v in values.items()}
+    return {f"{prefix}{k}": None if v is None else _encode(v) for k, v in values.items()}
+
+
+def _encode(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def _decode(text: str) -> bytes:
