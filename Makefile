@@ -25,7 +25,7 @@ $(VENV)/.packages: scripts/install-packages
 
 $(VENV)/.set-up: $(VENV)/.packages pyproject.toml build_native.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cuda,k8s,plots,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[agent,cuda,plots,test]'
 	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes typing_extensions
 	@touch $@
 
@@ -53,9 +53,10 @@ test: compiled .k8s/.set-up ## all tests but the long ones
 	$(BIN)/pytest -m "not long" --ignore tests/cluster
 	$(K8S)/pytest deploy/tests --ignore-glob "*/test_on_a*"
 
-test-cluster: compiled ## pods on a real Kubernetes: that of KUBECONFIG, else one that is built and started for it
+test-cluster: compiled .k8s/.set-up ## pods on a real Kubernetes: that of KUBECONFIG, else one that is built and started for it
 	scripts/install-engine transformers
 	$(if $(KUBECONFIG),,scripts/cluster run) $(BIN)/pytest tests/cluster
+	$(if $(KUBECONFIG),,scripts/cluster run) $(K8S)/pytest deploy/tests/test_on_an_api_server.py deploy/tests/test_on_a_cluster.py
 
 test-gpu: compiled ## what needs an NVIDIA GPU; says "skipped: no GPU" where there is none
 	$(BIN)/pytest -rs tests/gpu
