@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from msgspec import structs
 
 from hotstart.adapters.linux.procfs import tree
 from hotstart.api import Hotstart, devices
@@ -220,7 +221,7 @@ def test_a_step_that_fails_leaves_the_worker_as_it_was(serving, step: str, what:
 
 
 def test_afterwards_the_next_snapshot_works(serving):
-    h, machine, before = serving
+    h, _, before = serving
     h.snapshot("s", "w", SnapshotOptions(warmup=[MEMORY], keep=True))
     assert memory(h, "w") == before
     h.remove_snapshot("s")
@@ -301,6 +302,34 @@ def test_a_command_that_is_killed_leaves_no_worker_that_waits(hotstart: Hotstart
     command.wait()
     assert memory(hotstart, "w") == before  # its service takes it back
     assert hotstart.snapshots.names() == []
+
+
+def test_a_worker_that_nobody_can_take_back_is_ended(hotstart: Hotstart, machine: EmulatedMachine):
+    hotstart.run("w", machine.worker())
+    command = begin_snapshot(hotstart, machine)
+    machine.fault("restore", "fail 2")
+    command.kill()
+    command.wait()
+    ((_, state),) = hotstart.folders.all()
+    wait_until(lambda: not state.alive())
+
+
+def test_a_library_without_a_device_is_no_obstacle(
+    hotstart: Hotstart, machine: EmulatedMachine, monkeypatch: pytest.MonkeyPatch
+):
+    if os.path.exists("/dev/nvidiactl"):
+        pytest.skip("there is a device here")
+    loads = "import ctypes, time; ctypes.CDLL('libcuda.so.1'); time.sleep(1e6)"
+    spec = structs.replace(machine.worker(), command=(sys.executable, "-S", "-c", loads), port=None, ready_url=None)
+    hotstart.run("w", spec)
+    pid = hotstart.find("w")[1].host_root_pid()
+    wait_until(lambda: devices._uses_driver(pid))
+    machine.configure(gpus=())
+    assert hotstart.snapshot("s", "w", SnapshotOptions(keep=True)).device_s is None
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    devices.end_service(hotstart)
+    assert hotstart.snapshot("s2", "w").device_s is None
+    assert hotstart.manifest("s2").device is None
 
 
 def test_what_a_killed_service_left_waiting_is_taken_back_by_the_next_command(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hotstart.adapters.linux.procfs import inner_pid, mapped_files, tree
-from hotstart.errors import HotstartError
+from hotstart.errors import HotstartError, MachineLacks
 from hotstart.restore.devices import DeviceFacts
 from hotstart.restore.receipt import Span
 from hotstart.snapshot.device import DeviceProcess, DeviceState, Step, WorkerLost
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from hotstart.api.core import Hotstart
 
 _LOCK_TIMEOUT_S = 30.0  # for what a device is still computing when everything else is drained
-_DRIVER = "/libcuda.so"
+_DRIVER, _CONTROL = "/libcuda.so", "/dev/nvidiactl"
 
 
 class WorkerDevice:
@@ -41,7 +42,11 @@ class WorkerDevice:
         self._pids: list[int] = []
         users = [pid for pid in tree(state.host_root_pid()) if _uses_driver(pid)]
         if users:
-            self._find(users)
+            try:
+                self._find(users)
+            except MachineLacks:
+                if os.path.exists(_CONTROL):  # else the library is there for nothing
+                    raise
 
     def __enter__(self) -> WorkerDevice:
         return self

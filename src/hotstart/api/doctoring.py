@@ -93,6 +93,8 @@ def examine(hotstart: Hotstart, *, gpu: bool = False) -> list[Check]:
         _tried("disk", lambda: _disk(hotstart), "free some space, or set HOTSTART_HOME to a folder with more"),
         _device(hotstart, required=gpu),
     ]
+    if gpu and not has_gpu():
+        checks.append(Check("device snapshot", False, "skipped: no GPU", "docs/gpu.md says what is needed"))
     works = all(
         c.ok for c in checks if c.required and c.name in ("kernel", "privileges", "programs", "namespaces", "criu")
     )
@@ -217,7 +219,7 @@ def _disk(hotstart: Hotstart) -> str:
 
 def _device(hotstart: Hotstart, *, required: bool) -> Check:
     if not has_gpu():
-        detail = "skipped: no GPU; workers on CPUs only"
+        detail = "no GPU: workers on CPUs only"
         return Check("device", not required, detail, "install an NVIDIA GPU and its driver, 570 or later", required)
     remedy = "read the reason; docs/gpu.md says what is needed"
     return _tried("device", lambda: describe_devices(hotstart), remedy, required=required)

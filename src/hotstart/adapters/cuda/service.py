@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import signal
 import socket
 import sys
 import traceback
@@ -49,7 +50,7 @@ class DeviceService:
             alive = [int(pid) for pid, _, ticks in entries if str(_start_ticks(int(pid))) == ticks]
             if alive:
                 with suppress(HotstartError):
-                    undo(self._ready()[0], alive)
+                    self._end(undo(self._ready()[0], alive))
             for name in os.listdir(self._journal):
                 os.unlink(os.path.join(self._journal, name))
 
@@ -74,7 +75,7 @@ class DeviceService:
             pass
         finally:
             if ours:
-                undo(self._ready()[0], sorted(ours))
+                self._end(undo(self._ready()[0], sorted(ours)))
                 self._note(ours, suspended=False)
 
     def _answer(self, question: dict[str, Any], ours: set[int]) -> Any:
@@ -140,6 +141,13 @@ class DeviceService:
                     except MachineLacks:
                         raise why from None
             return self._device, self._nvml
+
+    def _end(self, lost: Collection[int]) -> None:
+        """End processes that would wait for their device for ever, where nobody is left who asked."""
+        for pid in lost:
+            sys.stderr.write(f"process {pid} has lost its device state: it is ended\n")
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _note(self, pids: Collection[int], *, suspended: bool) -> None:
         if suspended:

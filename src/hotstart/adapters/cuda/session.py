@@ -207,4 +207,5 @@ def _spawn(folder: str) -> subprocess.Popen[bytes]:
             stderr=log,
             start_new_session=True,
             cwd="/",
+            env={name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
         )
