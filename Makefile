@@ -12,7 +12,7 @@ NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
 .PHONY: help setup engine demo test test-gpu test-long test-cluster check lint format deploy bench bench-restore bench-store
-.PHONY: bench-gateway bench-serve figures clean
+.PHONY: bench-gateway bench-serve bench-codecs figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -97,7 +97,7 @@ format: .tools/.set-up ## rewrite the code as the formatter wants it
 	$(TOOLS)/ruff format src tests bench deploy build_native.py
 	$(TOOLS)/ruff check --fix src tests bench deploy build_native.py
 
-bench: demo bench-restore bench-store bench-gateway bench-serve figures ## all that is measured, and the figures of docs/benchmarks.md
+bench: demo bench-restore bench-store bench-gateway bench-serve bench-codecs figures ## all that is measured, and the figures of docs/benchmarks.md
 
 bench-restore: compiled ## cold start, plain CRIU, lazy pages and Hotstart for several sizes; out/bench
 	scripts/install-engine torch
@@ -115,6 +115,10 @@ bench-gateway: compiled ## the gateway next to the server behind it and to other
 bench-serve: compiled ## a burst of 100 requests to a model with no replica, restored and started cold; out/bench
 	scripts/install-engine transformers
 	$(BIN)/python -m bench.serve
+
+bench-codecs: compiled ## what codecs make of weights; out/bench
+	scripts/install-engine transformers
+	$(BIN)/python -m bench.codecs
 
 figures: setup ## docs/benchmarks.md from what was measured last
 	$(BIN)/python -m bench.report --take

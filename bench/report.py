@@ -2,7 +2,7 @@
 
     python -m bench.report [--take]
 
-`--take` first copies what was measured last (out/bench/restore.json, out/bench/store.json, out/demo.json) to docs/figures. Only what
+`--take` first copies what was measured last (out/bench/*.json, out/demo.json) to docs/figures. Only what
 stands between the markers `<!-- figures: NAME -->` and `<!-- end of figures -->` is written; the rest of the document is prose.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from msgspec import Struct, json
 
+from bench.codecs import CodecFigures, OnData
 from bench.figures import COLD, COLD_START, COMMAND, LAZY, OURS, PLAIN, S3, WARM, Cell, RestoreFigures, Size, Target
 from bench.gatewayfigures import GatewayFigures
 from bench.storefigures import StoreFigures
@@ -31,6 +32,7 @@ SOURCES = {
     "store": ROOT / "out" / "bench" / "store.json",
     "demo": ROOT / "out" / "demo.json",
     "gateway": ROOT / "out" / "bench" / "gateway.json",
+    "codecs": ROOT / "out" / "bench" / "codecs.json",
 }
 _SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _METHODS = (COLD_START, PLAIN, LAZY, OURS, COMMAND)
@@ -375,6 +377,29 @@ def _ms(value: float) -> str:
     return f"{value:.2f} ms"
 
 
+# ---- codecs on weights
+
+
+def codec_blocks(f: CodecFigures) -> list[Table]:
+    """Turn what codecs make of weights into tables: kinds of data downwards, codecs across."""
+    kinds, codecs = (list(dict.fromkeys(names)) for names in ([r.data for r in f.rows], [r.codec for r in f.rows]))
+    rows = {(r.data, r.codec): r for r in f.rows}
+
+    def table(title: str, cell: Callable[[OnData], str]) -> Table:
+        return Table(title, ("", *codecs), [(kind, *(cell(rows[kind, codec]) for codec in codecs)) for kind in kinds])
+
+    return [
+        table(
+            f"Chunks of 256 KiB, one thread; {f.cores} cores, for which {f.load:.0f} processes competed. What is left:",
+            lambda r: f"{r.ratio:.1%}",
+        ),
+        table(
+            "MB of chunks for a second of processor time, encoded / decoded:",
+            lambda r: f"{r.encode_bytes_per_s / 1e6:.0f} / {r.decode_bytes_per_s / 1e6:.0f}",
+        ),
+    ]
+
+
 # ---- the document
 
 
@@ -384,6 +409,7 @@ def _blocks_of(name: str, data: bytes) -> list[Table]:
         "store": (StoreFigures, store_blocks),
         "demo": (Comparison, demo_blocks),
         "gateway": (GatewayFigures, gateway_blocks),
+        "codecs": (CodecFigures, codec_blocks),
     }
     kind, blocks = kinds[name]
     return blocks(json.decode(data, type=kind))
