@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
 from hotstart.adapters.criu.program import Criu
 from hotstart.api import Hotstart
@@ -11,11 +12,18 @@ from hotstart.api import Hotstart
 class LazyPages(Criu):
     """A CRIU that restores without memory, and beside it one that serves the pages which are missed."""
 
-    def restore_command(self, images_fd: int, work_fd: int, log_pipe: str, *, on_demand: bool = False) -> list[str]:  # noqa: ARG002
+    def restore_command(
+        self,
+        images_fd: int,
+        work_fd: int,
+        inherited: Mapping[int, str],
+        *,
+        on_demand: bool = False,  # noqa: ARG002
+    ) -> list[str]:
         """Start the server, which is in its place before it goes to the background, then restore."""
         folders = f"--images-dir /proc/self/fd/{images_fd} --work-dir /proc/self/fd/{work_fd}"
         serve = f"{shlex.quote(self.path)} lazy-pages --daemon {folders} --log-file lazy-pages.log -v1"
-        restore = shlex.join(super().restore_command(images_fd, work_fd, log_pipe))
+        restore = shlex.join(super().restore_command(images_fd, work_fd, inherited))
         return ["/bin/sh", "-ec", f"{serve}; exec {restore} --lazy-pages"]
 
 

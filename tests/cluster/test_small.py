@@ -111,13 +111,17 @@ def test_a_read_only_root_and_another_host_name_are_no_obstacle(captured, namesp
     assert json.loads(ask(pod, "/who"))["hostname"] == pod["metadata"]["name"]
 
 
-def test_what_the_worker_wrote_to_its_temporary_folder_is_there_again(agent, namespace):
+def test_what_the_worker_wrote_and_removed_is_so_again(agent, namespace):
     (source,) = start(namespace)
     ask(source, "/write", {"path": "/tmp/note", "text": "before"})
+    ask(source, "/write", {"path": "/root/note", "text": "in the image's folder"})
+    kubectl("exec", source["metadata"]["name"], "-n", namespace, "--", "rm", "/usr/lib/python3.11/this.py")
     assert kube.capture("snap", namespace, source, TINY_WORKER)["status"]["phase"] == "Ready"
     (pod,) = restored_of(scale(namespace, 2), source)
     assert kube.gate_reason(pod) == "Restored"
     assert json.loads(ask(pod, "/read?path=/tmp/note"))["text"] == "before"
+    assert json.loads(ask(pod, "/read?path=/root/note"))["text"] == "in the image's folder"
+    assert "this.py" not in json.loads(ask(pod, "/list?path=/usr/lib/python3.11"))["names"]
 
 
 def test_a_snapshot_that_is_not_there_costs_a_cold_start_and_says_so(agent, namespace):

@@ -117,7 +117,7 @@ class Subject:
         fds = (os.open(f"{self._images}/images", os.O_RDONLY), os.open(work, os.O_RDONLY))
         try:
             self.box.start(
-                *criu.restore_command(*fds, self._log_pipe),
+                *criu.restore_command(*fds, {LOG_FD: self._log_pipe}),
                 tag=f"replica-{self._restores}",
                 restored_log_fd=LOG_FD,
                 keep_fds=fds,
