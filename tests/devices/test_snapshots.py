@@ -15,6 +15,7 @@ from hotstart.adapters.linux.procfs import tree
 from hotstart.api import Hotstart, devices
 from hotstart.api.capturing import SnapshotOptions
 from hotstart.api.gpudoctor import describe_devices, try_device
+from hotstart.api.pods import Pods
 from hotstart.errors import HotstartError, Refused
 from hotstart.snapshot.device import DeviceFailed, WorkerLost
 from hotstart.snapshot.warmup import Request
@@ -386,3 +387,20 @@ def test_a_trial_that_fails_keeps_the_worker_and_no_snapshot(hotstart: Hotstart,
     assert raised.value.out_of_memory
     assert hotstart.snapshots.names() == []
     assert memory(hotstart, "w") == before
+
+
+# ---- pods: no step brings device state back there
+
+
+def test_a_pod_does_not_take_a_snapshot_with_device_state(frozen, tmp_path: Path):
+    h, _ = frozen
+    pods = Pods.__new__(Pods)  # its constructor looks at a node's containers
+    pods._hotstart = h
+    plan = pods.plan(h.local_snapshot("s"), os.getpid(), 0.0)
+    assert "it needs a device: device state does not come back in pods so far" in plan.refusals
+
+
+def test_a_pods_worker_with_a_device_is_told_from_others(hotstart: Hotstart, machine: EmulatedMachine):
+    hotstart.run("w", machine.worker())
+    assert devices.holds_devices(hotstart, tree(hotstart.find("w")[1].host_root_pid()))
+    assert not devices.holds_devices(hotstart, [os.getpid()])
