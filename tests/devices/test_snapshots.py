@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from msgspec import structs
 
 from hotstart.adapters.linux.procfs import tree
 from hotstart.api import Hotstart, devices
@@ -404,3 +406,36 @@ def test_a_pods_worker_with_a_device_is_told_from_others(hotstart: Hotstart, mac
     hotstart.run("w", machine.worker())
     assert devices.holds_devices(hotstart, tree(hotstart.find("w")[1].host_root_pid()))
     assert not devices.holds_devices(hotstart, [os.getpid()])
+
+
+# ---- the worker SDK
+
+SDK_WORKER = """
+import glob, http.server, os
+from hotstart.worker import checkpoint, on_resume
+from worker import open_devices
+devices = open_devices(1)
+seen = []
+on_resume(lambda identity: seen.append((identity["kind"], sum(map(os.path.getsize, glob.glob(
+    os.environ["EMULATED_DEVICES"] + "/gpus/*/ctx-*/[!a]*"))))))
+checkpoint()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(repr(seen).encode())
+http.server.HTTPServer(("127.0.0.1", 8000), Handler).serve_forever()
+"""
+
+
+def test_resume_hooks_run_when_the_device_is_back(hotstart: Hotstart, machine: EmulatedMachine):
+    path = f"{Path(__file__).parents[2] / 'src'}:{Path(__file__).parent}"
+    worker = structs.replace(
+        machine.worker(PYTHONPATH=path), command=(sys.executable, "-c", SDK_WORKER), ready_url=None
+    )
+    hotstart.snapshot("s", worker)
+    for leftover in (machine.folder / "gpus").glob("*/ctx-*"):  # of the trial's replica, which was killed
+        shutil.rmtree(leftover)
+    machine.fault("restore", "wait 500")
+    (replica,) = hotstart.restore("s")
+    assert ask(hotstart, replica.name, "GET", "/") == repr([("replica", (4 << 20) + 4096)]).encode()
