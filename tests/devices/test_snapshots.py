@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hotstart.adapters.linux.procfs import tree
 from hotstart.api import Hotstart, devices
 from hotstart.api.capturing import SnapshotOptions
 from hotstart.api.gpudoctor import describe_devices, try_device
+from hotstart.api.pods import Pods
 from hotstart.errors import HotstartError, Refused
 from hotstart.snapshot.device import DeviceFailed, WorkerLost
 from hotstart.snapshot.warmup import Request
@@ -415,3 +417,53 @@ def test_a_trial_that_fails_keeps_the_worker_and_no_snapshot(hotstart: Hotstart,
     assert raised.value.out_of_memory
     assert hotstart.snapshots.names() == []
     assert memory(hotstart, "w") == before
+
+
+# ---- pods: no step brings device state back there
+
+
+def test_a_pod_does_not_take_a_snapshot_with_device_state(frozen, tmp_path: Path):
+    h, _ = frozen
+    pods = Pods.__new__(Pods)  # its constructor looks at a node's containers
+    pods._hotstart = h
+    plan = pods.plan(h.local_snapshot("s"), os.getpid(), 0.0)
+    assert "it needs a device: device state does not come back in pods so far" in plan.refusals
+
+
+def test_a_pods_worker_with_a_device_is_told_from_others(hotstart: Hotstart, machine: EmulatedMachine):
+    hotstart.run("w", machine.worker())
+    assert devices.holds_devices(hotstart, tree(hotstart.find("w")[1].host_root_pid()))
+    assert not devices.holds_devices(hotstart, [os.getpid()])
+
+
+# ---- the worker SDK
+
+SDK_WORKER = """
+import glob, http.server, os
+from hotstart.worker import checkpoint, on_resume
+from worker import open_devices
+devices = open_devices(1)
+seen = []
+on_resume(lambda identity: seen.append((identity["kind"], sum(map(os.path.getsize, glob.glob(
+    os.environ["EMULATED_DEVICES"] + "/gpus/*/ctx-*/[!a]*"))))))
+checkpoint()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(repr(seen).encode())
+http.server.HTTPServer(("127.0.0.1", 8000), Handler).serve_forever()
+"""
+
+
+def test_resume_hooks_run_when_the_device_is_back(hotstart: Hotstart, machine: EmulatedMachine):
+    path = f"{Path(__file__).parents[2] / 'src'}:{Path(__file__).parent}"
+    worker = structs.replace(
+        machine.worker(PYTHONPATH=path), command=(sys.executable, "-c", SDK_WORKER), ready_url=None
+    )
+    hotstart.snapshot("s", worker)
+    for leftover in (machine.folder / "gpus").glob("*/ctx-*"):  # of the trial's replica, which was killed
+        shutil.rmtree(leftover)
+    machine.fault("restore", "wait 500")
+    (replica,) = hotstart.restore("s")
+    assert ask(hotstart, replica.name, "GET", "/") == repr([("replica", (4 << 20) + 4096)]).encode()

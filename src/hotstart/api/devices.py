@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -174,6 +174,20 @@ def look(hotstart: Hotstart) -> Look:
 
     with DeviceSession(hotstart.run_root) as session:
         return session.look()
+
+
+def holds_devices(hotstart: Hotstart, pids: Sequence[int]) -> bool:
+    """Say whether any of these processes has device state. Raises Refused if one's could not be captured anyway."""
+    from hotstart.adapters.cuda.session import DeviceSession
+
+    users = [pid for pid in pids if _uses_driver(pid)]
+    if not users:
+        return False
+    try:
+        with DeviceSession(hotstart.run_root) as session:
+            return bool(session.held(users))
+    except MachineLacks:  # the library is loaded, and there is no driver that it could work with
+        return False
 
 
 def end_service(hotstart: Hotstart) -> None:

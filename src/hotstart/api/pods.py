@@ -23,11 +23,13 @@ from hotstart.adapters.linux.host import file_facts
 from hotstart.adapters.linux.native import native_program
 from hotstart.adapters.linux.podinit import PodInit
 from hotstart.adapters.linux.podspace import Entry, PodAsker, enter
-from hotstart.adapters.linux.procfs import children
+from hotstart.adapters.linux.procfs import children, tree
 from hotstart.api.capturing import SnapshotOptions, Tree, capture_tree
+from hotstart.api.devices import holds_devices
 from hotstart.api.restoring import KDAT
 from hotstart.api.starting import environment_inside, files_inside, identity_document
 from hotstart.errors import HotstartError, NotFound, Refused
+from hotstart.restore.devices import DeviceFacts
 from hotstart.restore.plan import Plan, make_plan
 from hotstart.restore.receipt import Span
 from hotstart.snapshot.layout import MEMORY_FOLDER
@@ -57,6 +59,10 @@ class PodReceipt(Struct, frozen=True):
     resumed_s: float
     first_answer_s: float | None
     oracle_ok: bool | None
+
+
+# A restore in a container has no step that brings device state back: its processes would wait for their devices for ever.
+_NO_DEVICES = DeviceFacts(missing="device state does not come back in pods so far")
 
 
 class PodCaptured(Struct, frozen=True):
@@ -104,7 +110,7 @@ class Pods:
         """Say what a restore into a container would do."""
         facts = self._hotstart.node_facts(local.manifest, asked)
         files = file_facts(local.manifest.needs, f"/proc/{pid}/root")
-        return make_plan(local.manifest, structs.replace(facts, files=files), 1)
+        return make_plan(local.manifest, structs.replace(facts, files=files, devices=_NO_DEVICES), 1)
 
     def restore(self, init: PodInit, snapshot: str, name: str) -> PodReceipt:
         """Restore a snapshot in a container where nothing runs yet, and ask it its oracle.
@@ -236,6 +242,8 @@ class Pods:
         if root_pid is None:
             raise NotFound(f"the worker of process {init_pid} has ended")
         host_root = self.host_root_pid(init_pid, root_pid)
+        if holds_devices(hotstart, tree(host_root)):
+            raise Refused("it uses a GPU: device state is not captured in pods so far; the pods start cold")
         oracle = self._warm_up(init_pid, worker, warmup, ignore)
         note("capturing")
         pipes = [os.readlink(f"/proc/{host_root}/fd/{fd}") for fd in (1, 2)]

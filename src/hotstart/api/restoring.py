@@ -17,7 +17,7 @@ from hotstart.adapters.linux.procfs import start_ticks
 from hotstart.adapters.linux.runfolder import RunFolder, SandboxState
 from hotstart.adapters.linux.sandbox import LinuxSandboxes
 from hotstart.api.ports import Publish, address_of, listen
-from hotstart.api.starting import identity_document, last_words, worker_binds
+from hotstart.api.starting import give_identity, identity_document, last_words, worker_binds
 from hotstart.errors import BadUsage, HotstartError, NotFound, Refused
 from hotstart.restore.execute import Asker, Replica, finish_replica, start_replicas
 from hotstart.restore.plan import Plan
@@ -150,7 +150,8 @@ class RestoringReplicas:
         # Chosen once it is known that it is being started: what is in RAM stays there until its state says what it has.
         bound = {m: hotstart.snapshots.memory_folder(m) for m in ids}
         self._ram_ids.append(tuple(m for m, path in bound.items() if os.path.dirname(path) == hotstart.ram.path))
-        copies = [(folder.file("identity"), f"{SUPPORT_FOLDER}/identity")]
+        # Who waits in `checkpoint()` goes on as soon as it has its identity: with device state not before that is back.
+        copies = [] if manifest.device else [(folder.file("identity"), f"{SUPPORT_FOLDER}/identity")]
         if os.path.exists(hotstart.kdat_path()):
             copies.append((hotstart.kdat_path(), f"/run/{KDAT}"))
         spec = SandboxSpec(
@@ -236,7 +237,14 @@ class RestoringReplicas:
         from hotstart.api.devices import ReplicaDevices
 
         devices = ReplicaDevices(self._hotstart, self._local.manifest.device)
-        return lambda sandbox: devices.resume(sandbox, self._plan.device_moves[i])
+
+        def resume(sandbox: Sandbox) -> dict[str, Span]:
+            spans = devices.resume(sandbox, self._plan.device_moves[i])
+            with open(self._folders[i].file("identity"), "rb") as f:
+                give_identity(sandbox.init_pid, f.read())
+            return spans
+
+        return resume
 
     def _asker(self, replica: Replica) -> Asker:
         asker = self._hotstart.asker

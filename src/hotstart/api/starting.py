@@ -196,11 +196,16 @@ def worker_binds(worker: WorkerSpec) -> tuple[Bind, ...]:
 
 
 def write_identity(init_pid: int, name: str, kind: str, address: str | None) -> None:
-    """Tell the SDK in a sandbox who its worker is; all at once, it may be reading."""
+    """Tell the SDK in a sandbox who its worker is."""
+    give_identity(init_pid, identity_document(name, kind, address))
+
+
+def give_identity(init_pid: int, document: bytes) -> None:
+    """Put an identity where the SDK looks for it; all at once, it may be reading."""
     path = f"/proc/{init_pid}/root{SUPPORT_FOLDER}/identity"
     with suppress(FileNotFoundError):
         with open(f"{path}.aside", "wb") as f:
-            f.write(identity_document(name, kind, address))
+            f.write(document)
         os.replace(f"{path}.aside", path)
 
 

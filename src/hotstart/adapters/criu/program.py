@@ -11,8 +11,13 @@ from hotstart.errors import MachineLacks
 OLDEST = (4, 2)  # 4.1.1 cannot dump a TCP listener on kernel 6.16 and later (criu issue 2718)
 # The worker's stdout and stderr at restore; far above what CRIU or a worker's shell has open.
 LOG_FD = 1023
+# CRIU loads every *.so of this folder as a plugin. Its own for CUDA would restore and unlock each process's device state behind our
+# back (upstream's plugins/cuda: resume_devices_late), so it is shown a folder that is everywhere and has none.
+_NO_PLUGINS = "/proc/self/ns"
 # What dump and restore must agree on. Established connections are dropped: the peers are not here.
-_SHARED_OPTIONS = ("--tcp-close", "--file-locks", "--ext-unix-sk", "--link-remap", "--manage-cgroups=ignore")
+_SHARED_OPTIONS = (
+    "--tcp-close", "--file-locks", "--ext-unix-sk", "--link-remap", "--manage-cgroups=ignore", "--libdir", _NO_PLUGINS,
+)  # fmt: skip
 # CRIU says it wherever it may not raise its own limit of open files, and goes on (4.2.1).
 _GHOST_LIMIT = "1000G"  # of a file that was deleted and is still open; CRIU's own limit is 1 MiB
 _HARMLESS = "rlimit: Can't setup RLIMIT_NOFILE for self"
