@@ -1,10 +1,15 @@
-"""What a snapshot of vLLM takes with its KV cache full, and with it dropped (--quiesce): `python -m bench.kvcache OUT.json`.
+"""What a snapshot of vLLM takes with its KV cache filled, and with that dropped (--quiesce).
 
-For either a vLLM is started anew (examples/vllm), its KV cache is filled by requests with long prompts, a snapshot is taken and
-stored, and restored some times with a warm page cache. Sizes are those of `snapshot inspect`, times those of `restore`.
+    python -m bench.kvcache [--prompts 8] [--rounds 5]
+
+A vLLM is started (examples/vllm), its KV cache is filled by long prompts that have no beginning in common, and two snapshots are taken of
+this process, one after the other: as it is, and with the KV cache dropped. Each is stored on its own and restored some times with a
+warm page cache. Writes out/bench/kvcache.json; sizes are those of `snapshot inspect`, times those of `restore`.
 """
 
-import json
+from __future__ import annotations
+
+import argparse
 import os
 import statistics
 import subprocess
@@ -15,97 +20,132 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from msgspec import Struct, json
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "out" / "bench"
 EXAMPLE = ROOT / "examples" / "vllm"
 HOTSTART = str(ROOT / ".venv" / "bin" / "hotstart")
-PROMPTS, WORDS = 8, 1400
-ROUNDS = 5
+PROMPT_TOKENS = 1400
+WORKER = "kvcache"
+WAYS = {"kept": ("--keep",), "dropped": ("--quiesce", str(EXAMPLE / "quiesce.jsonl"))}
+
+
+class KvCache(Struct, frozen=True):
+    """One snapshot, and the restores of it: bytes, seconds, medians; `all_X` has the value of every round."""
+
+    how: str
+    prompt_tokens: int
+    logical_bytes: int
+    data_bytes: int
+    stored_bytes: int
+    frozen_s: float
+    resumed_s: float
+    first_answer_s: float
+    all_resumed_s: Sequence[float]
+    all_first_answer_s: Sequence[float]
+
+
+class KvCacheFigures(Struct, frozen=True):
+    """All of it."""
+
+    cores: int
+    load: float
+    snapshots: Sequence[KvCache]
 
 
 def hotstart(*arguments: str, environment: Mapping[str, str] | None = None) -> Any:
     """Run a command and return what it says."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     line = [HOTSTART, *arguments[:at], "--json", *arguments[at:]]
-    return json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+    return json.decode(subprocess.run(line, check=True, stdout=subprocess.PIPE, env=environment).stdout)
 
 
-def fill(address: str) -> int:
-    """Send prompts that have no beginning in common, so that each takes blocks of its own; returns how many tokens they have."""
+def fill(address: str, prompts: int) -> int:
+    """Send prompts of tokens, so that each takes blocks of its own; returns how many tokens they have."""
     used = 0
-    for i in range(PROMPTS):
-        words = " ".join(f"{(i * 7919 + j * 104729) % 997}" for j in range(WORDS // 2))
-        body = {"model": "smollm2", "prompt": f"{i} {words}", "max_tokens": 1, "temperature": 0}
+    for i in range(prompts):
+        prompt = [1000 + (i * 7919 + j * 104729) % 40_000 for j in range(PROMPT_TOKENS)]
+        body = {"model": "smollm2", "prompt": prompt, "max_tokens": 1, "temperature": 0}
         request = urllib.request.Request(
-            f"http://{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"http://{address}/v1/completions", json.encode(body), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=600) as answer:
-            used += json.load(answer)["usage"]["prompt_tokens"]
+            used += json.decode(answer.read())["usage"]["prompt_tokens"]
     return used
 
 
-def measure(name: str, quiesce: Sequence[str], cache: str) -> dict[str, Any]:
-    """Take one snapshot and restore it."""
+def start(cache: str) -> str:
+    """Start a vLLM that can be told to drop its KV cache; returns its address."""
     environment = {
         **os.environ,
         "HOTSTART_EXAMPLE_CACHE": cache,
         "VLLM_SERVER_DEV_MODE": "1",
         "PYTHONPATH": str(ROOT / "src"),
     }
-    extension = ("--worker-extension-cls", "hotstart.worker.vllm.WorkerExtension")
-    ready = ("--port", "8000", "--ready-url", "http://127.0.0.1:8000/health", "--ready-timeout", "1200")
-    worker = hotstart(
-        "run",
-        name,
-        *ready,
-        "--publish",
-        "0",
-        "--writable",
-        cache,
-        "--",
-        str(EXAMPLE / "serve"),
-        *extension,
+    return hotstart(
+        "run", WORKER, "--port", "8000", "--ready-url", "http://127.0.0.1:8000/health", "--ready-timeout", "1200",
+        "--publish", "0", "--writable", cache,
+        "--", str(EXAMPLE / "serve"), "--worker-extension-cls", "hotstart.worker.vllm.WorkerExtension",
         environment=environment,
-    )
+    )["address"]  # fmt: skip
+
+
+def measure(how: str, options: Sequence[str], tokens: int, rounds: int) -> KvCache:
+    """Take a snapshot of the worker and restore it. It is removed again, or the next one would share its chunks."""
+    name = f"{WORKER}-{how}"
+    taken = hotstart(
+        "snapshot", "create", name, "--from", WORKER, "--wait-stored", "--warmup", str(EXAMPLE / "warmup.jsonl"),
+        "--oracle-ignore", "id,created", *options
+    )  # fmt: skip
     try:
-        tokens = fill(worker["address"])
-        taken = hotstart(
-            "snapshot", "create", name, "--from", name, "--wait-stored", "--warmup", str(EXAMPLE / "warmup.jsonl"),
-            "--oracle-ignore", "id,created", *quiesce
-        )  # fmt: skip
-    except BaseException:
-        subprocess.run([HOTSTART, "rm", "--force", name], check=False)
-        raise
-    sizes = hotstart("snapshot", "inspect", name)["sizes"]
-    rounds = []
-    for _ in range(ROUNDS):
-        (replica,) = hotstart("restore", name)["replicas"]
-        assert replica["oracle_ok"]
-        rounds.append((replica["resumed_s"], replica["first_answer_s"]))
-        subprocess.run([HOTSTART, "rm", "--force", replica["name"]], check=True)
-    resumed, answered = zip(*rounds, strict=True)
-    return {
-        "prompt_tokens": tokens,
-        "logical_bytes": sizes["logical_bytes"],
-        "data_bytes": sizes["data_bytes"],
-        "stored_bytes": sizes["stored_bytes"],
-        "frozen_s": taken["frozen_s"],
-        "resumed_s": statistics.median(resumed),
-        "first_answer_s": statistics.median(answered),
-        "all_resumed_s": resumed,
-        "all_first_answer_s": answered,
-    }
+        sizes = hotstart("snapshot", "inspect", name)["sizes"]
+        found = [restored(name) for _ in range(rounds)]
+    finally:
+        subprocess.run([HOTSTART, "snapshot", "rm", name], check=True)
+    resumed, answered = zip(*found, strict=True)
+    return KvCache(
+        how,
+        tokens,
+        sizes["logical_bytes"],
+        sizes["data_bytes"],
+        sizes["stored_bytes"],
+        taken["frozen_s"],
+        statistics.median(resumed),
+        statistics.median(answered),
+        resumed,
+        answered,
+    )
 
 
-def main(out: str) -> None:
-    """Measure both, one after the other."""
-    with tempfile.TemporaryDirectory(dir=ROOT / "out", prefix="kvcache-") as cache:
-        figures = {}
-        for name, quiesce in (("kept", ()), ("dropped", ("--quiesce", str(EXAMPLE / "quiesce.jsonl")))):
-            figures[name] = measure(f"kv-{name}", quiesce, cache)
-            Path(out).write_text(json.dumps(figures, indent=1))
-            subprocess.run([HOTSTART, "snapshot", "rm", f"kv-{name}"], check=True)
-    print(json.dumps(figures, indent=1))
+def restored(name: str) -> tuple[float, float]:
+    """Restore one replica and end it: seconds until it was resumed, and until it answered as the worker had."""
+    (replica,) = hotstart("restore", name)["replicas"]
+    subprocess.run([HOTSTART, "rm", "--force", replica["name"]], check=True)
+    if not replica["oracle_ok"]:
+        raise AssertionError(f"a replica of {name} answered otherwise")
+    return replica["resumed_s"], replica["first_answer_s"]
+
+
+def main() -> int:
+    """Measure both."""
+    p = argparse.ArgumentParser(description="vLLM's KV cache, kept and dropped")
+    p.add_argument("--prompts", type=int, default=8, help=f"of {PROMPT_TOKENS} tokens, to fill the KV cache with")
+    p.add_argument("--rounds", type=int, default=5)
+    options = p.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=OUT, prefix="kvcache-") as cache:
+        address = start(cache)
+        try:
+            tokens = fill(address, options.prompts)
+            found = [measure(how, way, tokens, options.rounds) for how, way in WAYS.items()]
+        finally:
+            subprocess.run([HOTSTART, "rm", "--force", WORKER], check=False)
+    figures = KvCacheFigures(os.cpu_count() or 1, os.getloadavg()[2], found)
+    (OUT / "kvcache.json").write_bytes(json.format(json.encode(figures)) + b"\n")
+    print(json.format(json.encode(figures)).decode())
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main())

@@ -9,7 +9,7 @@ filled:
     {"method": "POST", "path": "/collective_rpc", "body": {"method": "hotstart_drop_kv_cache"}}
     {"method": "POST", "path": "/reset_prefix_cache", "expect": {"success": true}}
 
-No request may run meanwhile. Tried with vLLM 0.32 on a CPU; what is said of devices is by documentation.
+No request may run meanwhile. Tried with vLLM 0.32 on a CPU in one process, by LLM.collective_rpc; what is said of devices is by documentation.
 """
 
 import ctypes
