@@ -146,6 +146,7 @@ def test_all_processes_of_a_tree_and_all_their_devices_come_back(hotstart: Hotst
     assert [memory(hotstart, r.name) for r in started] == [before, before]
 
 
+@long
 def test_the_doctor_tries_a_snapshot_with_device_memory(hotstart: Hotstart, machine: EmulatedMachine):
     machine.configure(capacity=512 << 20)
     assert "driver 613.00-emulated, CUDA 13.4, by cuda-bindings" in describe_devices(hotstart)
