@@ -50,6 +50,7 @@ test: compiled .k8s/.set-up ## all tests but the long ones
 	scripts/install-packages chromium fonts-dejavu-core
 	PYTHON=$(BIN)/python scripts/install-otel
 	scripts/install-cuda-bindings
+	scripts/install-clients
 	$(BIN)/pytest -m "not long" --ignore tests/cluster
 	$(K8S)/pytest deploy/tests --ignore-glob "*/test_on_a*"
 

@@ -89,6 +89,7 @@ class EmulatedMachine:
             port=8000,
             ready_url="http://127.0.0.1:8000/health",
             ready_timeout_s=60.0,
+            visible=(str(self.libraries),),  # it may be below /tmp
             writable=(str(self.folder),),
         )
 

@@ -62,9 +62,9 @@ assert last.all()
 
 
 def run_with_torch(program):
-    python = ROOT / ".engines" / "torch" / "bin" / "python"
+    python = ROOT / ".engines" / "transformers" / "bin" / "python"
     if not python.exists():
-        skip_or_fail("the engine is not installed: scripts/install-engine torch")
+        skip_or_fail("the engine is not installed: scripts/install-engine transformers")
     subprocess.run([python, "-c", program], cwd=ROOT, check=True, timeout=120)
 
 
