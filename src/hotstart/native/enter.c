@@ -45,7 +45,7 @@
 int mount(const char *, const char *, const char *, unsigned long, const void *); /* <sys/mount.h> clashes, see init.c */
 int umount2(const char *, int);
 enum { M_NOSUID = 2, M_NODEV = 4, M_PRIVATE = 1 << 18 };
-enum { MAX_LIST = 64, SEPARATOR = 0x1f, STOP_TIMEOUT_MS = 2000, TMPFS = 0x01021994, SYSCALL_BYTES = 2 };
+enum { MAX_LIST = 64, SEPARATOR = 0x1f, STOP_TIMEOUT_MS = 20000, TMPFS = 0x01021994, SYSCALL_BYTES = 2 };
 static const char support[] = "/run/hotstart";
 
 static void die(const char *what)
@@ -61,7 +61,8 @@ static struct user_regs_struct saved;
 static uint8_t covered[8];
 static uint64_t at;
 
-/* Waits for the next stop of a traced process; the wait status, or -1 if it has ended or takes too long. */
+/* Waits for the next stop of a traced process; the wait status, or -1 if it has ended or takes too long: a pod without requests
+   of CPU may not be scheduled for seconds on a busy node. */
 static int next_stop(pid_t pid)
 {
 	int st;
