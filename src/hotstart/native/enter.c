@@ -45,7 +45,7 @@
 int mount(const char *, const char *, const char *, unsigned long, const void *); /* <sys/mount.h> clashes, see init.c */
 int umount2(const char *, int);
 enum { M_NOSUID = 2, M_NODEV = 4, M_PRIVATE = 1 << 18 };
-enum { MAX_LIST = 64, SEPARATOR = 0x1f, STOP_TIMEOUT_MS = 20000, TMPFS = 0x01021994, SYSCALL_BYTES = 2 };
+enum { MAX_LIST = 64, SEPARATOR = 0x1f, STOP_TIMEOUT_MS = 5000, TMPFS = 0x01021994, SYSCALL_BYTES = 2 };
 static const char support[] = "/run/hotstart";
 
 static void die(const char *what)
@@ -157,7 +157,8 @@ static int take(int argc, char **argv)
 		die("stop it");
 	}
 	while ((st = next_stop(pid)) >= 0 && st >> 16 != PTRACE_EVENT_STOP) {
-		if (ptrace(PTRACE_CONT, pid, 0, st >> 16 ? 0 : WSTOPSIG(st))) break; /* a signal, or an exec of its own: pass it on */
+		/* A signal, or an exec of its own: pass it on. Any stop makes the kernel forget that it was to be interrupted: again. */
+		if (ptrace(PTRACE_INTERRUPT, pid, 0, 0) || ptrace(PTRACE_CONT, pid, 0, st >> 16 ? 0 : WSTOPSIG(st))) break;
 	}
 	if (st < 0) die("stop it");
 	if (ptrace(PTRACE_GETREGS, pid, 0, &saved)) die("its registers");
