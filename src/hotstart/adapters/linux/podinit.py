@@ -18,7 +18,7 @@ from hotstart.errors import HotstartError, MachineLacks, Refused
 _PIDFD_GETFD = 438
 _OFFERED_FD = 3
 _MESSAGE_BYTES = 1024
-_OFFER_TIMEOUT_S = 2.0
+_OFFER_TIMEOUT_S = 10.0  # a pod without requests of CPU may not be scheduled for seconds on a busy node
 _RETRY_S = 0.0005
 NAME = "hotstart-init"
 
