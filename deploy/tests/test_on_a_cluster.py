@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from hotstart.adapters.kubernetes.cluster import LightkubeCluster
 from hotstart.adapters.kubernetes.names import NODE_AGENT, PLACEHOLDER, RESTORE_FROM, RESTORED, SNAPSHOT, agent_lease
 from hotstart.adapters.kubernetes.objects import LEASES, PODS, SECRETS, SNAPSHOTS, WEBHOOKS, NotThere, is_true, path
 from hotstart.operator.decisions import timestamp
@@ -106,18 +105,6 @@ def installed(image):
             metadata = obj["metadata"]
             where = ["-n", metadata["namespace"]] if "namespace" in metadata else []
             kubectl("delete", obj["kind"], metadata["name"], *where, "--wait=false", "--ignore-not-found", check=False)
-
-
-@pytest.fixture(scope="module")
-def shared():
-    made = LightkubeCluster()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def cluster(shared):
-    return shared
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from hotstart.adapters.kubernetes.cluster import LightkubeCluster
 from hotstart.operator.manifests import custom_resources
 from tests.operator.conformance import *  # noqa: F403
 
@@ -22,18 +21,6 @@ def definitions():
     apply = [KUBECTL, "apply", "--server-side", "--force-conflicts", "-f", "-"]
     subprocess.run(apply, input=json.dumps(items), text=True, check=True)
     subprocess.run([KUBECTL, "wait", "--for=condition=Established", "crd", "--all", "--timeout=60s"], check=True)
-
-
-@pytest.fixture(scope="module")
-def shared():
-    made = LightkubeCluster()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def cluster(shared):
-    return shared
 
 
 @pytest.fixture
