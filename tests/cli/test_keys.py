@@ -108,8 +108,11 @@ def test_bad_usage_is_one_line_and_exit_code_2(keys, arguments):
 
 
 def test_without_a_command_it_says_what_there_is(keys):
-    code, out, _ = keys()
-    assert code == 2
+    code, out, err = keys()
+    assert (code, out) == (2, "")
+    assert "no command: it is one of new, ls, trust, distrust, policy, rotate; " in err
+    code, out, _ = keys("--help")
+    assert code == 0
     assert all(f"\n  {command} " in out for command in ("new", "ls", "trust", "distrust", "policy", "rotate"))
 
 

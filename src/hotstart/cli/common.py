@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from hotstart.errors import BadUsage, NotFound
@@ -35,6 +35,23 @@ def parser(command: str, description: str, *, json_output: bool = True) -> Parse
     if json_output:
         p.add_argument("--json", action="store_true", help="print JSON")
     return p
+
+
+def choose_command(
+    group: str, commands: Mapping[str, Callable[[list[str]], int]], summaries: Mapping[str, str], arguments: list[str]
+) -> int:
+    """Run the one of a group's commands that the arguments begin with. Raises BadUsage."""
+    if not arguments:
+        raise BadUsage(f"no command: it is one of {', '.join(summaries)}; `hotstart {group} --help` explains them")
+    name = arguments[0]
+    if name in ("-h", "--help"):
+        print(f"usage: hotstart {group} COMMAND ...\n")
+        for command, summary in summaries.items():
+            print(f"  {command:<10} {summary}")
+        return 0
+    if name not in commands:
+        raise BadUsage(f"no command `{group} {name}`: `hotstart {group} --help` lists them")
+    return commands[name](arguments[1:])
 
 
 def open_hotstart(clock_start: float | None = None) -> Hotstart:

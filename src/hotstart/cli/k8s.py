@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from hotstart.cli.common import parser, print_json, print_table, size
+from hotstart.cli.common import choose_command, parser, print_json, print_table, size
 from hotstart.errors import BadUsage, HotstartError, MachineLacks
 
 _SUMMARIES = {
@@ -19,14 +19,7 @@ _NAMESPACE = "hotstart-system"
 def main(arguments: list[str], _entered: float) -> int:
     """Run one of the commands about a cluster."""
     commands: dict[str, Callable[[list[str]], int]] = {"install": _install, "status": _status}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: hotstart k8s COMMAND ...\n")
-        for name, summary in _SUMMARIES.items():
-            print(f"  {name:<10} {summary}")
-        return 0 if arguments else 2
-    if arguments[0] not in commands:
-        raise BadUsage(f"no command `k8s {arguments[0]}`: `hotstart k8s --help` lists them")
-    return commands[arguments[0]](arguments[1:])
+    return choose_command("k8s", commands, _SUMMARIES, arguments)
 
 
 def _install(arguments: list[str]) -> int:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hotstart.cli.common import Parser, open_hotstart, parser, print_json, print_table, say
+from hotstart.cli.common import Parser, choose_command, open_hotstart, parser, print_json, print_table, say
 from hotstart.errors import BadUsage, NotFound
 
 if TYPE_CHECKING:
@@ -33,14 +33,7 @@ def main(arguments: list[str], _entered: float) -> int:
         "policy": _policy,
         "rotate": _rotate,
     }
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: hotstart keys COMMAND ...\n")
-        for name, summary in _SUMMARIES.items():
-            print(f"  {name:<10} {summary}")
-        return 0 if arguments else 2
-    if arguments[0] not in commands:
-        raise BadUsage(f"no command `keys {arguments[0]}`: `hotstart keys --help` lists them")
-    return commands[arguments[0]](arguments[1:])
+    return choose_command("keys", commands, _SUMMARIES, arguments)
 
 
 def _parser(command: str, *, json_output: bool = True) -> Parser:

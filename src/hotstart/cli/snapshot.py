@@ -12,6 +12,7 @@ from hotstart.cli.common import (
     add_warmup_options,
     add_worker_options,
     as_plain,
+    choose_command,
     open_hotstart,
     oracle_ignore,
     parser,
@@ -58,17 +59,8 @@ def main(arguments: list[str], _entered: float) -> int:
         "rm": _rm,
         **snapshot_store.COMMANDS,
     }
-    if not arguments:
-        raise BadUsage("no command: `hotstart snapshot --help` lists them")
-    if arguments[0] in ("-h", "--help"):
-        print("usage: hotstart snapshot COMMAND ...\n")
-        for name, summary in _SUMMARIES.items():
-            print(f"  {name:<8} {summary}")
-        return 0
-    if arguments[0] not in commands:
-        raise BadUsage(f"no command `snapshot {arguments[0]}`: `hotstart snapshot --help` lists them")
-    code = commands[arguments[0]](arguments[1:])
-    if arguments[0] != "rm" and "--help" not in arguments:
+    code = choose_command("snapshot", commands, _SUMMARIES, arguments)
+    if arguments[0] not in ("rm", "-h") and "--help" not in arguments:
         snapshot_store.push_rest_in_background()
     return code
 
