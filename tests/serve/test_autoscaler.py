@@ -21,8 +21,8 @@ from .traffic import SimulatedModel, burst, simulate, steady
 
 ROOMY = Resources(64, 1 << 40, 8)
 FOUR = Policy(max_replicas=4, idle_s=60, quiet_s=15)
-# A morning of a chat service, requests a minute: what was seen, minute by minute, and played four times as fast.
-RECORDED = [2, 0, 0, 5, 31, 88, 124, 90, 60, 61, 58, 70, 12, 3, 0, 0, 0, 0, 1, 0, 44, 150, 149, 30, 2, 0, 0, 0]
+# Made up, in the shape of a morning of a chat service: requests a minute, minute by minute, played four times as fast.
+MORNING = [2, 0, 0, 5, 31, 88, 124, 90, 60, 61, 58, 70, 12, 3, 0, 0, 0, 0, 1, 0, 44, 150, 149, 30, 2, 0, 0, 0]
 
 
 def ready(name, in_flight=0, **fields):
@@ -151,11 +151,11 @@ def test_what_never_fits_is_not_started_and_evicts_nobody():
 # ---- whole days
 
 
-def test_recorded_traffic_is_served_without_flapping_and_ends_at_zero():
-    arrivals = [60 / 4 * minute + 15 * i / n for minute, n in enumerate(RECORDED) for i in range(n)]
+def test_the_traffic_of_a_morning_is_served_without_flapping_and_ends_at_zero():
+    arrivals = [60 / 4 * minute + 15 * i / n for minute, n in enumerate(MORNING) for i in range(n)]
     model = SimulatedModel("chat", Policy(max_replicas=4, idle_s=30, quiet_s=10), arrivals, service_s=0.4, start_s=0.5)
     report = simulate([model], ROOMY, until=600)
-    assert report.served["chat"] == sum(RECORDED)
+    assert report.served["chat"] == sum(MORNING)
     assert report.most["chat"] <= 4
     assert report.counts[-1][1]["chat"] == 0
     assert max(report.waits["chat"]) < 10
