@@ -400,6 +400,7 @@ def test_what_a_request_takes_is_learned_from_those_that_were_answered():
                 "request_id": "x",
             }
             pool.served(Served(**base, **rest, queued_s=2.0, total_s=3.0))
+            pool.served(Served(**{**base, "status": 101}, **rest, queued_s=0.0, total_s=900.0))
             pool.served(Served(**{**base, "outcome": "gone"}, **rest, queued_s=0.0, total_s=90.0))
             assert pool.models["m"].service_s == 1.0
 

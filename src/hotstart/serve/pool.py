@@ -109,7 +109,9 @@ class ReplicaPool:
     def served(self, served: Served) -> None:
         """Learn from a request that is over how long one takes."""
         model = self.models.get(served.model)
-        if model and served.outcome == "answered" and served.status < 500:
+        if (
+            model and served.outcome == "answered" and 200 <= served.status < 500
+        ):  # a WebSocket (101) says how long it was open
             model.note_service(max(0.0, served.total_s - served.queued_s))
 
     # ---- life
