@@ -114,13 +114,15 @@ class Agent:
         """Lead a container if it is one of ours; returns when it has ended."""
         try:
             container = self._runtime.describe(started.container_id)
-        except HotstartError:
-            self._ignore(started)
+        except NotFound:
+            self._ignore(started)  # no pod's
             return
+        except HotstartError:
+            return  # the next scan looks again
         pod = self._pods.get(container.namespace, container.pod)
-        if pod is None:
+        if pod is None or pod["metadata"]["uid"] != container.uid:
             return  # the API server may not have told us yet: the next scan looks again
-        if pod["metadata"]["uid"] != container.uid or not is_worker(pod, container.name):
+        if not is_worker(pod, container.name):
             self._ignore(started)
             return
         with self._lock:
@@ -132,12 +134,14 @@ class Agent:
             self._placeholders[started.container_id] = self._by_pod[container.namespace, container.pod] = placeholder
 
         def live() -> None:
+            done = False
             try:
-                placeholder.live()
+                done = placeholder.live()
             finally:
                 with self._lock:
                     del self._placeholders[started.container_id]
-                    self._ignored.add(started.container_id)
+                    if done:
+                        self._ignored.add(started.container_id)
                     if self._by_pod.get((container.namespace, container.pod)) is placeholder:
                         del self._by_pod[container.namespace, container.pod]
 

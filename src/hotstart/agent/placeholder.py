@@ -7,6 +7,7 @@ import select
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
 
 from hotstart.adapters.kubernetes.client import Object
 from hotstart.adapters.kubernetes.names import CLAIMED, CONTAINER, READY, RESTORE_FROM, RESTORED, WARM_POOL, store_name
@@ -16,7 +17,7 @@ from hotstart.adapters.linux.podspace import PodAsker
 from hotstart.adapters.linux.procfs import start_ticks
 from hotstart.agent.reports import Reports
 from hotstart.api.pods import Pods
-from hotstart.errors import HotstartError
+from hotstart.errors import HotstartError, MachineLacks, Refused
 from hotstart.restore.pods import Container
 from hotstart.snapshot.warmup import Request
 from hotstart.snapshot.worker import SUPPORT_FOLDER
@@ -24,6 +25,7 @@ from hotstart.snapshot.worker import SUPPORT_FOLDER
 _TAKEN_WITHIN_S = 3.0  # what has run for longer is not interrupted any more
 _POLL_S = 0.05
 _PROBE_TIMEOUT_S = 5.0
+_STARTED_TIMEOUT_S = 60.0  # a pod without requests of CPU may not be scheduled for seconds on a busy node
 _MOST_AGAIN, _AGAIN_WITHIN_S = 5, 60.0
 
 
@@ -58,32 +60,33 @@ class Placeholder:
         with suppress(OSError):
             os.write(self._wake, b"c")
 
-    def live(self) -> None:
-        """Lead it to its end."""
+    def live(self) -> bool:
+        """Lead it to its end, or until it needs nobody; False if something went wrong and it is to be led anew."""
         try:
             ours = podinit.is_ours(self._pid)
             if not ours and _age_s(self._pid) > _TAKEN_WITHIN_S:
                 self._watch_native("no agent was here when it started")
-                return
+                return True
             try:
                 init = self._pods.take(self._pid, self._container.command)
-            except HotstartError as e:
+            except (Refused, MachineLacks) as e:
                 self._reports.cold(self._pod, str(e))
                 self._watch_native(str(e))
-                return
+                return True
             try:
                 self._lead(init)
             finally:
                 init.close()
         except (HotstartError, OSError) as e:
             self._reports.log(f"{self._container.namespace}/{self._container.pod}: {e}")
+            return False
         finally:
             os.close(self._wake_read)
             os.close(self._wake)
 
     # ---- our init leads
 
-    def _lead(self, init: PodInit) -> None:
+    def _lead(self, init: PodInit) -> NoReturn:
         if init.state == "waiting":
             self._wait_for_claim(init)
             self._start(init)
@@ -122,7 +125,7 @@ class Placeholder:
             except HotstartError as e:
                 why = str(e)
         self._pods.start_cold(init, self._container.pod)
-        init.expect("started", _PROBE_TIMEOUT_S)
+        init.expect("started", _STARTED_TIMEOUT_S)
         self._reports.cold(self._pod, why)
         self._until_ready(init, "ColdStarted", why)
 

@@ -43,7 +43,7 @@ from hotstart.store.local import LocalSnapshot
 if TYPE_CHECKING:
     from hotstart.api.core import Hotstart
 
-_CLEAR_TIMEOUT_S = 10.0
+_CLEAR_TIMEOUT_S = 30.0
 _RENEWED_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 60.0
 _WARMUP_TIMEOUT_S = 600.0
@@ -184,6 +184,7 @@ class Pods:
                     file_pack=local.path("files.pack"),
                     program=tuple(self._bundle.criu(bundle).restore_command(images, work_fd, inherited)),
                     keep_fds=(images, work_fd, bundle, *inherited),
+                    tie=init.fileno(),  # the init tidies up after an agent that was killed when CRIU's parent is gone, too
                 ),
                 self._cgroup_root,
             )

@@ -11,6 +11,7 @@
  *            -k SRC|DST    copy the host's small file SRC to DST (repeatable)
  *            -u FD         file pack to lay out (docs/format.md)
  *            -K FD         keep FD open for PROGRAM (repeatable)
+ *            -e PID        end with the caller, whose pid that is
  *        What stands as | is the byte 0x1f.
  *
  * Everything of the host enters as a descriptor, opened before the namespaces are joined; paths are the container's from then on.
@@ -30,6 +31,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/stat.h>
 #include <sys/sendfile.h>
@@ -307,7 +309,7 @@ static int run(int argc, char **argv)
 	const char *pid = argv[2];
 	if (close_range(3, ~0U, CLOSE_RANGE_CLOEXEC)) die("close_range");
 	optind = 3;
-	while ((o = getopt(argc, argv, "+g:tb:k:u:K:")) != -1) {
+	while ((o = getopt(argc, argv, "+g:tb:k:u:K:e:")) != -1) {
 		if (n_binds == MAX_LIST || n_copies == MAX_LIST || n_keeps == MAX_LIST) { errno = E2BIG; die("options"); }
 		switch (o) {
 		case 'g': if (write(atoi(optarg), "0", 1) != 1) die("join the control group"); break;
@@ -316,6 +318,10 @@ static int run(int argc, char **argv)
 		case 'k': copies[n_copies++] = split(optarg); break;
 		case 'u': pack = atoi(optarg); break;
 		case 'K': keeps[n_keeps++] = atoi(optarg); break;
+		case 'e':
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			if (getppid() != atoi(optarg)) _exit(99);
+			break;
 		default: errno = EINVAL; die("option");
 		}
 	}

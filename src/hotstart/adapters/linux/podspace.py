@@ -25,7 +25,11 @@ _GET_ADDRESS = 0x8915  # SIOCGIFADDR
 
 
 class Entry(Struct, frozen=True):
-    """What happens in a container besides a program that may be run there. Sources are the host's, targets the container's."""
+    """What happens in a container besides a program that may be run there. Sources are the host's, targets the container's.
+
+    `tie` is a descriptor that stays open while anything can still enter: it all ends with this process, too. Whoever waits for the
+    end of file on its other side knows that nothing comes any more.
+    """
 
     private: bool = False
     binds: tuple[Bind, ...] = ()
@@ -33,6 +37,7 @@ class Entry(Struct, frozen=True):
     file_pack: str | None = None
     program: tuple[str, ...] = ()
     keep_fds: tuple[int, ...] = ()
+    tie: int | None = None
 
 
 def enter(pid: int, entry: Entry, cgroup_root: str | None = None) -> int:
@@ -53,6 +58,9 @@ def enter(pid: int, entry: Entry, cgroup_root: str | None = None) -> int:
 
         for group in cgroups_of(pid, cgroup_root) if cgroup_root else ():
             argv += ["-g", opened(os.path.join(group, "cgroup.procs"), os.O_WRONLY)]
+        if entry.tie is not None:
+            argv += ["-e", str(os.getpid())]
+            fds.append(entry.tie)
         if entry.private:
             argv.append("-t")
         for bind in entry.binds:
