@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import secrets
@@ -74,6 +75,8 @@ class Gateway:
         settings = self._settings
         make_room(settings.limits.connections)
         sys.setswitchinterval(_SWITCH_S)
+        gc.collect()
+        gc.freeze()  # what is there now stays: looking through all of it again and again would hold requests up for milliseconds
         self._server = await loop.create_server(self._accept, settings.host, settings.port, backlog=_BACKLOG)
         self._sweeper = loop.create_task(self._sweep())
         host, port = self._server.sockets[0].getsockname()[:2]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 
 from hotstart.snapshot.manifest import Chunk, File
 from hotstart.store.content import LEAST_CHUNK_BYTES, Extent, cut, digest_of
@@ -32,13 +33,23 @@ def digest_spans(
         progress(sum(length for _, length in batch))
         return extents
 
-    extents: list[Extent] = []
+    pieces = chain(chunks, *(cut(view, start, length) for start, length in spans))
     with ThreadPoolExecutor(cores) as threads:
-        for pieces in (list(chunks), *(list(cut(view, start, length)) for start, length in spans)):
-            batches = [pieces[i : i + 64] for i in range(0, len(pieces), 64)]
-            for found in threads.map(digest, batches):
-                extents += found
+        extents = [e for found in threads.map(digest, _batches(pieces)) for e in found]
     return sorted(extents, key=lambda e: e.offset) if chunks else extents
+
+
+def _batches(pieces: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    # Memory that was mapped and then written to here and there has ten thousands of spans of a page.
+    batch: list[tuple[int, int]] = []
+    filled = 0
+    for piece in pieces:
+        batch.append(piece)
+        filled += piece[1]
+        if filled >= _READ_BYTES:
+            yield batch
+            batch, filled = [], 0
+    yield batch
 
 
 def has_chunks(fd: int, chunks: tuple[Chunk, ...]) -> bool:
