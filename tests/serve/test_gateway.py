@@ -369,6 +369,18 @@ async def test_stopping_lets_requests_end_and_takes_no_more():
 
 
 @on_loop
+async def test_who_still_waits_when_the_gateway_stops_is_told_so():
+    async with stage(comment_after_s=0.01) as s:
+        asking = [asyncio.ensure_future(one) for one in (s.ask("GET", "/m/x"), s.openai(), s.openai(stream=True))]
+        await until(lambda: s.gateway.traffic.load("m").waiting == 3)
+        await asyncio.sleep(0.1)
+        await s.gateway.stop(0)
+        answers = [await one for one in asking]
+        assert [(a.status, a.error) for a in answers] == [(503, None), (503, None), (200, None)]
+        assert [a.code for a in answers[:2]] == ["stopping"] * 2 and b'"code":"stopping"' in answers[2].body
+
+
+@on_loop
 async def test_what_was_served_is_reported():
     async with workers() as [worker], stage() as s:
         replica = s.pool.add(worker)

@@ -86,6 +86,23 @@ async def test_heads_have_a_size_a_count_and_a_time():
 
 
 @on_loop
+async def test_a_few_empty_lines_before_a_request_are_passed_over_and_a_flood_of_them_is_none():
+    async with workers() as [worker], stage(CHAT) as s:
+        s.pool.add(worker)
+        async with Client(s.port) as client:
+            for _ in range(3):
+                await client.send(b"\r\n" * 4)
+                assert (await client.ask("GET", "/m/x")).status == 200
+        assert (await told(s, b"\r\n" * 1000)).status == 400
+        async with Client(s.port) as slow:
+            for _ in range(5):
+                await slow.send(b"\r\n")
+                await asyncio.sleep(0.02)
+            assert (await slow.answer()).status == 400
+        assert len(worker.seen) == 3
+
+
+@on_loop
 async def test_bodies_have_a_size_and_a_time():
     limits = ClientLimits(body_s=0.3, stall_s=0.2)
     async with workers() as [worker], stage(ModelSettings("m", route="/m", body_bytes=3000), limits=limits) as s:

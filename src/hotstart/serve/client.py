@@ -14,6 +14,7 @@ from hotstart.serve.wire import Alarm, Body, Broken, Wire
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _MOST_AHEAD_BYTES = 64 << 10  # of requests that were sent before the answer to the last one
 _LINGER_S = 2.0
+_MOST_EMPTY_LINES = 4  # before a request
 
 
 class ClientGone(Broken):
@@ -57,6 +58,7 @@ class ClientWire(Wire):
         self._held = b""
         self._held_since = 0.0
         self._searched = 0
+        self._empty_lines = 0  # since the last request
         self._decoder: Decoder | None = None
         self._body: Body | None = None  # of the request in progress, until it is whole
         self._raw: Body | None = None
@@ -66,6 +68,7 @@ class ClientWire(Wire):
         self._alarm = Alarm(self._wake)
         self._patience: asyncio.TimerHandle | None = None
         self.busy = False
+        self.waits = False  # its request is in line for a replica
         self.leaving = False  # no request after this one
 
     # ---- what the transport says
@@ -164,8 +167,11 @@ class ClientWire(Wire):
         """Wait for the next head; None if there will be none."""
         idle_until = time.monotonic() + self._limits.idle_s
         while True:
-            while self._held.startswith(b"\r\n"):  # RFC 9112, section 2.2
+            while self._empty_lines < _MOST_EMPTY_LINES and self._held.startswith(b"\r\n"):  # RFC 9112, section 2.2
                 self._held = self._held[2:]
+                self._empty_lines += 1
+            if self._held.startswith(b"\r\n"):
+                raise BadMessage("empty lines are no request")
             if self._held and (request := self._take_head()):
                 return request
             if self.lost or (self.leaving and not self._held):
@@ -193,7 +199,7 @@ class ClientWire(Wire):
                 raise BadMessage(f"the head is longer than {limits.head_bytes} bytes", 431)
             self._searched = len(self._held)
             return None
-        self._searched = 0
+        self._searched = self._empty_lines = 0
         head = parse_request(self._held[:end], limits.head_fields)
         rest, self._held = self._held[end + len(END_OF_HEAD) :], b""
         self._decoder = request_decoder(head)

@@ -295,6 +295,7 @@ class Exchange:
         since = line.clock()
         until = since + self._model.timeouts.queue_s
         comment_at = None if self._comment_after_s is None else since + self._comment_after_s
+        self._client.waits = True
         try:
             with line.enter(since, again=again) as place:
                 while (now := line.clock()) < until:
@@ -311,6 +312,7 @@ class Exchange:
                     line.retry_after_s(),
                 )
         finally:
+            self._client.waits = False
             self.queued_s += line.clock() - since
 
     async def _comment(self) -> None:

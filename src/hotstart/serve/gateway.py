@@ -31,6 +31,7 @@ _log = logging.getLogger("hotstart.serve.gateway")
 
 _BACKLOG = 1024
 _SWEEP_S = 1.0
+_LAST_WORDS_S = 1.0  # for those who wait to be told that the gateway stops
 _MOST_PAGE_BODY_BYTES = 1 << 20
 _LONGEST_ID = 128
 # After each system call the loop waits that long for a thread that computes, such as a restore in this process: with Python's 5 ms a
@@ -96,8 +97,11 @@ class Gateway:
         deadline = time.monotonic() + grace_s
         while self._clients and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+        waiting = {client for client in self._clients if client.waits}
         self._activator.refuse_all(lambda: Refusal(503, "stopping", "the gateway is being stopped", 1.0))
-        await asyncio.sleep(0)
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while self._clients & waiting and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
         for client in list(self._clients):
             client.abort()
         if self._sweeper:
