@@ -34,7 +34,7 @@ def config(text=MODEL, **changes):
 
 
 @asynccontextmanager
-async def running(launcher=None, settings=None):
+async def running(launcher=None, settings=None, internal_errors=0):
     launcher, traffic = launcher or MemoryLauncher(), ScriptedTraffic()
     pool = ReplicaPool(launcher, settings or config(), Events(time.time))
     pool.launcher, pool.traffic = launcher, traffic
@@ -45,7 +45,7 @@ async def running(launcher=None, settings=None):
     finally:
         await pool.close()
         await task
-    assert [e for e in pool.events.last if e.kind == "internal error"] == []
+    assert kinds(pool).count("internal error") == internal_errors
     assert launcher.running == {}, "nothing is left"
 
 
@@ -410,12 +410,51 @@ def test_what_a_request_takes_is_learned_from_those_that_were_answered():
 def test_an_error_that_nobody_foresaw_does_not_block_a_model():
     async def story():
         launcher = MemoryLauncher()
-        launcher.scripts["start_cold"] = [HotstartError("x"), None]
-        async with running(launcher) as (pool, launcher, traffic):
+        launcher.scripts["start_cold"] = [OSError("x"), None]
+        launcher.scripts["freeze"] = [OSError("y")]
+        async with running(launcher, internal_errors=1) as (pool, launcher, traffic):
             traffic.waits("m", 1)
             pool.wake("m")
             await until(lambda: len(pool.replicas("m")) == 1)
             assert launcher.count("start_cold") == 2
+            assert [e.text for e in pool.events.last if e.kind == "snapshot failed"] == ["OSError: y"]
+
+    asyncio.run(story())
+
+
+def test_a_look_at_the_replicas_that_fails_is_not_the_last_one():
+    class Failing(MemoryLauncher):
+        def alive(self, name):
+            self._call("alive", name)
+            return super().alive(name)
+
+    async def story():
+        launcher = Failing()
+        launcher.scripts["alive"] = [OSError("too many open files")]
+        async with running(launcher, config(MODEL, min_replicas=1), internal_errors=1) as (pool, launcher, _):
+            await until(lambda: "internal error" in kinds(pool))
+            await until(lambda: pool.replicas("m"))
+            first = pool.replicas("m")[0].name
+            del launcher.running[first]
+            await until(lambda: [r.name for r in pool.replicas("m")] not in ([], [first]))
+
+    asyncio.run(story())
+
+
+def test_who_waits_for_a_model_that_is_removed_while_it_cannot_start_is_told_so():
+    async def story():
+        launcher = MemoryLauncher()
+        launcher.scripts["start_cold"] = failing("x") * 9
+        both = config(MODEL + MODEL.replace('"m"', '"n"'))
+        async with running(launcher, both) as (pool, launcher, traffic):
+            traffic.waits("n", 1)
+            pool.wake("n")
+            await until(lambda: "start failed" in kinds(pool))
+            told = []
+            pool.follow(lambda name: told.append((name, pool.outlook(name).given_up)))
+            pool.apply(config())
+            await until(lambda: "n" not in pool.models)
+            assert told[-1] == ("n", "there is no such model any more")
 
     asyncio.run(story())
 

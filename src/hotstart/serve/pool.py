@@ -132,7 +132,10 @@ class ReplicaPool:
     async def run(self, traffic: Traffic) -> None:
         """Keep the pools as they should be, until closed."""
         self._traffic = traffic
-        watchers = [asyncio.create_task(self._watch_lives()), asyncio.create_task(self._watch_recipes())]
+        watchers = [
+            asyncio.create_task(self._every(_WATCH_S, self._watch_lives)),
+            asyncio.create_task(self._every(_RECIPE_S, self._watch_recipes)),
+        ]
         try:
             while not self._closing:
                 self.step()
@@ -248,6 +251,7 @@ class ReplicaPool:
         for name in [n for n, m in self.models.items() if m.removed and not m.members]:
             del self.models[name]
             self._needed_at.pop(name, None)
+            self._changed(name)  # who waits for it all the same waits for nothing
 
     def _replace_former(self, model: PoolModel, starting: int, wanted: int) -> None:
         """Drain replicas of a former recipe once one of the present one is there, or nobody needs any, or they are in its way."""
@@ -379,9 +383,10 @@ class ReplicaPool:
 
         try:
             frozen = await self._blocking(partial(self.launcher.freeze, recipe, member.name, thawed))
-        except HotstartError as e:
-            model.failed_to_freeze(str(e), self._clock(), for_good=isinstance(e, Refused))
-            self.events.tell("snapshot failed", str(e), model.config.name, member.name, bad=True)
+        except Exception as e:  # noqa: BLE001 - one that nobody foresaw must not keep its only replica back forever
+            why = str(e) if isinstance(e, HotstartError) else f"{type(e).__name__}: {e}"
+            model.failed_to_freeze(why, self._clock(), for_good=isinstance(e, Refused))
+            self.events.tell("snapshot failed", why, model.config.name, member.name, bad=True)
             go_on()
             return
         model.freeze_failures, model.fell_back = 0, ""
@@ -524,21 +529,28 @@ class ReplicaPool:
 
     # ---- watching
 
-    async def _watch_lives(self) -> None:
+    async def _every(self, period_s: float, look: Callable[[], Coroutine[object, object, None]]) -> None:
+        """Look again and again: an error that nobody foresaw ends one look, not all of them."""
         while True:
-            await asyncio.sleep(_WATCH_S)
-            watched = [m for model in self.models.values() for m in model.members.values() if m.state is State.READY]
-            if watched:
-                alive = await self._asking(partial(self._alive, [m.name for m in watched]))
-                for member, lives in zip(watched, alive, strict=True):
-                    if not lives and member.state is State.READY:
-                        self._suspect(member, "its process is gone")
-            now = self._clock()
-            for member in watched:
-                model = self.models.get(member.model)
-                if model and member.state is State.READY and now - member.checked_at >= model.config.health_every_s:
-                    member.checked_at = now
-                    self._spawn(self._check(model, member))
+            await asyncio.sleep(period_s)
+            try:
+                await look()
+            except Exception as e:  # noqa: BLE001 - told, and the next look may go well
+                self._tell_internal(e)
+
+    async def _watch_lives(self) -> None:
+        watched = [m for model in self.models.values() for m in model.members.values() if m.state is State.READY]
+        if watched:
+            alive = await self._asking(partial(self._alive, [m.name for m in watched]))
+            for member, lives in zip(watched, alive, strict=True):
+                if not lives and member.state is State.READY:
+                    self._suspect(member, "its process is gone")
+        now = self._clock()
+        for member in watched:
+            model = self.models.get(member.model)
+            if model and member.state is State.READY and now - member.checked_at >= model.config.health_every_s:
+                member.checked_at = now
+                self._spawn(self._check(model, member))
 
     def _alive(self, names: Sequence[str]) -> list[bool]:
         return [self.launcher.alive(name) for name in names]
@@ -566,10 +578,8 @@ class ReplicaPool:
                 self._suspect(member, reason)
 
     async def _watch_recipes(self) -> None:
-        while True:
-            await asyncio.sleep(_RECIPE_S)
-            for model in list(self.models.values()):
-                await self._refresh(model)
+        for model in list(self.models.values()):
+            await self._refresh(model)
 
     async def _refresh(self, model: PoolModel) -> None:
         """Look at what a model is made of now, and which snapshot there is of it."""
@@ -643,7 +653,10 @@ class ReplicaPool:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            self.events.tell("internal error", f"{type(error).__name__}: {error}", bad=True)
+            self._tell_internal(error)
+
+    def _tell_internal(self, error: BaseException) -> None:
+        self.events.tell("internal error", f"{type(error).__name__}: {error}", bad=True)
 
     async def _blocking(self, action: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, action)
