@@ -86,6 +86,10 @@ async def test_hop_by_hop_fields_stay_and_others_go_on():
             ("x-forwarded-for", "6.6.6.6"),
             ("x-real-ip", "6.6.6.6"),
             ("forwarded", "for=6.6.6.6"),
+            ("x_forwarded_for", "6.6.6.6"),
+            ("X-Forwarded_Host", "evil.test"),
+            ("transfer_encoding", "chunked"),
+            ("x_mine", "1"),
             ("cookie", "a=1"),
             ("cookie", "b=2"),
             ("x-latin", "grün"),
@@ -95,6 +99,7 @@ async def test_hop_by_hop_fields_stay_and_others_go_on():
         seen = dict(map(tuple, said))
         for name in ("x-private", "keep-alive", "proxy-authorization", "upgrade", "x-real-ip", "forwarded"):
             assert name not in seen
+        assert [n for n in seen if "_" in n] == ["x_mine"]
         assert [v for n, v in said if n == "cookie"] == ["a=1", "b=2"]
         assert seen["host"] == seen["x-forwarded-host"] == "gateway.test"
         assert (seen["x-forwarded-for"], seen["x-forwarded-proto"]) == ("127.0.0.1", "http")

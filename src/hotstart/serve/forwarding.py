@@ -36,6 +36,7 @@ _FORWARDED = frozenset(
         "x-real-ip",
     ]
 )
+_NOT_THEIRS = _HOP_BY_HOP | _FORWARDED | {"via", "x-request-id"}
 _KEYS = frozenset(("authorization", "api-key", "x-api-key"))
 # Never taken from trailers (RFC 9110, section 6.5.1): who merges them into the head would believe them.
 _NOT_IN_TRAILERS = (
@@ -85,6 +86,10 @@ def request_to_worker(head: RequestHead, peer: Peer, how: ToWorker, request_id: 
         if name in _HOP_BY_HOP or name in dropped:
             continue
         if name in _FORWARDED or name == "x-request-id" or name == "via":
+            continue
+        if (
+            "_" in name and name.replace("_", "-") in _NOT_THEIRS
+        ):  # servers that speak CGI or WSGI take one for the other
             continue
         if (name in _KEYS and not how.keep_key) or (name == "accept-encoding" and how.plain_answer):
             continue
