@@ -14,6 +14,7 @@ from tests.serve.simulator import (
     break_off,
     chat,
     garbage,
+    hang,
     on_loop,
     request,
     stage,
@@ -23,6 +24,23 @@ from tests.serve.simulator import (
 )
 
 CHAT = ModelSettings("m", route="/m")
+
+
+async def one_event(writer):
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+    writer.write(b"9\r\ndata: 1\n\n\r\n")
+    await writer.drain()
+    await asyncio.sleep(0.1)
+
+
+async def die_after_an_event(worker, seen, writer):
+    await one_event(writer)
+    return await break_off(worker, seen, writer)
+
+
+async def rave_after_an_event(worker, seen, writer):
+    await one_event(writer)
+    return await garbage(worker, seen, writer)
 
 
 @on_loop
@@ -90,22 +108,13 @@ async def test_a_request_that_breaks_every_replica_breaks_two():
 
 @on_loop
 async def test_a_stream_that_breaks_ends_with_an_error_and_never_looks_whole():
-    async def die_midway(worker, seen, writer):
-        event = b'data: {"choices": []}\n\n'
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-        writer.write(b"%x\r\n%b\r\n" % (len(event), event))
-        await writer.drain()
-        await asyncio.sleep(0.05)
-        await break_off(worker, seen, writer)
-        return False
-
-    async with workers(2, v1__chat__completions=die_midway) as both, stage(CHAT) as s:
+    async with workers(2, v1__chat__completions=die_after_an_event) as both, stage(CHAT) as s:
         for worker in both:
             s.pool.add(worker)
         answer = await s.openai(stream=True)
         assert answer.status == 200 and answer.error
         first, second, rest = answer.body.split(b"\n\n")
-        assert first == b'data: {"choices": []}' and rest == b""
+        assert first == b"data: 1" and rest == b""
         assert json.decode(second.removeprefix(b"data: "))["error"]["code"] == "replica_failed"
         assert sum(len(worker.seen) for worker in both) == 1
         assert (s.served[0].outcome, s.served[0].status, s.served[0].code) == ("failed", 200, "replica_failed")
@@ -211,6 +220,59 @@ async def test_a_burst_at_zero_replicas_is_answered_whole_by_one_activation():
             assert s.pool.wakes == ["m"]
             assert all(x.queued_s > 0.05 for x in s.served)
             assert answers[-1].get("server-timing").startswith("hotstart-queue;dur=")
+
+
+@on_loop
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        (break_off, 502, "replica_failed"),
+        (garbage, 502, "replica_failed"),
+        (hang, 504, "answer_timeout"),
+        (die_after_an_event, 200, "replica_failed"),
+        (rave_after_an_event, 200, "replica_failed"),
+    ],
+)
+async def test_nobody_else_is_hurt_by_a_replica_that_fails(fault, status, code):
+    """Neither a stream at another replica of the same model, nor another model, nor who comes meanwhile and afterwards."""
+    models = [ModelSettings(n, route=f"/{n}", timeouts=Timeouts(answer_s=0.3 if n == "m" else 60)) for n in "mo"]
+    async with workers(x=fault) as [bad], workers() as [good], workers() as [other], stage(*models) as s:
+        failing = s.pool.add(bad, concurrency=1)
+        hurt = asyncio.ensure_future(s.ask("POST", "/m/x", body=b"1"))
+        await until(lambda: bad.seen)
+        s.pool.add(good)
+        s.pool.add(other, "o")
+        streams = [asyncio.ensure_future(s.ask("GET", f"/{n}/tokens?n=60&gap=0.01")) for n in "mo"]
+        meanwhile = [await s.ask("POST", f"/{n}/x", body=b"1") for n in "mo" * 20]
+        assert [a.status for a in meanwhile] == [200] * 40
+        answer = await hurt
+        assert answer.status == status and code.encode() in answer.body
+        assert answer.error if status == 200 else not answer.error
+        for stream in streams:
+            answer = await stream
+            assert answer.error is None and answer.body.count(b"token") == 60
+        assert [name for name, _ in s.pool.failures] == [failing.name]
+        assert [(await s.ask("POST", f"/{n}/x", body=b"1")).status for n in "mo"] == [200, 200]
+        assert sum(x.outcome != "answered" for x in s.served) == 1
+
+
+@on_loop
+async def test_bursts_at_two_models_without_a_replica_are_answered_whole():
+    async with workers(2) as two, workers(2) as others:
+
+        def wake(pool, model):
+            loop = asyncio.get_running_loop()
+            for i, worker in enumerate(two if model == "m" else others):
+                loop.call_later(0.1 * (i + 1), pool.add, worker, model, 2)
+
+        models = (ModelSettings("m"), ModelSettings("o"))
+        async with stage(*models, pool=SimPool(wake)) as s:
+            answers = await asyncio.gather(*(s.openai(model=name) for name in "mo" * 100))
+            assert [a.status for a in answers] == [200] * 200
+            assert sorted(s.pool.wakes) == ["m", "o"]
+            ports = [{w.port for w in pair} for pair in (two, others)]
+            said = [int(a.json()["choices"][0]["message"]["content"].split()[-1]) for a in answers]
+            assert all(port in ports[i % 2] for i, port in enumerate(said))
 
 
 @on_loop

@@ -4,7 +4,7 @@ import asyncio
 import time
 from contextlib import asynccontextmanager
 
-from hotstart.errors import BadUsage, HotstartError, Refused
+from hotstart.errors import BadUsage, Refused
 from hotstart.serve.config import parse_config
 from hotstart.serve.events import Events
 from hotstart.serve.lifecycle import NEXT, State
