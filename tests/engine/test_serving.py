@@ -8,105 +8,23 @@ import subprocess
 import sys
 import threading
 import urllib.error
-import urllib.request
+from contextlib import ExitStack, suppress
+from http.client import IncompleteRead
 from pathlib import Path
 
 import pytest
 
-from hotstart.api import Hotstart
-
 from .conftest import TINY, wait_until
+from .served import Served, another_client, stream_of, tiny_model
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_left")]
-TOKEN = "token-of-a-test"
-MODEL = f"""
-[[model]]
-name = "tiny"
-command = ["{sys.executable}", "-I", "-S", "{TINY / "server.py"}", "--port", "8000"]
-port = 8000
-ready_url = "http://127.0.0.1:8000/health"
-warmup = "{TINY / "warmup.jsonl"}"
-route = "/tiny"
-max_replicas = 3
-idle_s = 1
-quiet_s = 1
-health_every_s = 0.3
-health_timeout_s = 2
-"""
-
-
-class Served:
-    """A running `hotstart serve`."""
-
-    def __init__(self, folder: Path, text: str = MODEL) -> None:
-        self.folder = folder
-        self.config = folder / "models.toml"
-        self.config.write_text(f'listen = "127.0.0.1:0"\nadmin_token = "{TOKEN}"\nlog = "json"\n{text}')
-        self.environment = {**os.environ, "HOTSTART_HOME": str(folder / "home"), "HOTSTART_RUN": str(folder / "run")}
-        self.log = folder / "serve.log"
-        self.process: subprocess.Popen | None = None
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "hotstart.cli.main", "serve", str(self.config), "--json"]
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=self.environment)
-        document = b""
-        while not document.endswith(b"}\n"):
-            line = self.process.stdout.readline()
-            assert line, self.log.read_text()
-            document += line
-        self.address = json.loads(document)["address"]
-
-    def ask(self, path: str, data: bytes | None = None, headers: dict | None = None) -> bytes:
-        request = urllib.request.Request(f"http://{self.address}{path}", data, headers or {})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read()
-
-    def admin(self, action: str, token: str = TOKEN) -> int:
-        try:
-            self.ask(f"/admin/models/tiny/{action}", b"", {"authorization": f"Bearer {token}"})
-        except urllib.error.HTTPError as e:
-            with e:
-                return e.code
-        return 202
-
-    def model(self) -> dict:
-        return json.loads(self.ask("/ui/data"))["models"][0]
-
-    def ready(self) -> list[str]:
-        return [r["name"] for r in self.model()["replicas"] if r["state"] == "ready"]
-
-    def events(self, kind: str) -> list[dict]:
-        lines = (line for line in self.log.read_text().splitlines() if line.startswith("{"))
-        return [e for e in map(json.loads, lines) if e["kind"] == kind]
-
-    def burst(self, count: int) -> list[bytes]:
-        answers = []
-        threads = [threading.Thread(target=lambda: answers.append(self.ask("/tiny/ping"))) for _ in range(count)]
-        for work in (threading.Thread.start, threading.Thread.join):
-            for thread in threads:
-                work(thread)
-        return answers
-
-    def make_snapshot(self) -> None:
-        assert self.ask("/tiny/ping") == b"pong"
-        wait_until(lambda: self.model()["snapshot"], 60)
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(60)
-        self.process.stdout.close()
-        return code
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+MODEL = tiny_model()
+TICKER = tiny_model("ticker").replace(str(TINY / "server.py"), str(Path(__file__).with_name("ticker.py")))
+TICKER = TICKER.replace('"--port", "8000"', "").replace(f'warmup = "{TINY / "warmup.jsonl"}"', "")
 
 
 @pytest.fixture
-def served(tmp_path, request):
+def served(tmp_path):
     made = []
 
     def serve(text: str = MODEL) -> Served:
@@ -114,11 +32,8 @@ def served(tmp_path, request):
         return made[0]
 
     yield serve
-    if made and made[0].process.poll() is None:
-        made[0].stop()
-    hotstart = Hotstart(home=str(tmp_path / "home"), run=str(tmp_path / "run"))
-    for _, state in hotstart.ps():
-        hotstart.remove(state.name, force=True)
+    if made:
+        made[0].close()
 
 
 def test_from_cold_to_a_snapshot_to_zero_to_a_burst_and_back(served):
@@ -147,36 +62,67 @@ def test_no_request_of_a_client_gets_into_a_snapshot(served):
     assert json.loads(server.ask("/tiny/state"))["counter"] == 0
 
 
-def test_a_new_server_adopts_what_a_killed_one_left_running(served):
-    server = served(MODEL.replace("idle_s = 1", "idle_s = 30"))
+def test_clients_of_a_killed_server_see_an_answer_break_off_and_the_next_one_adopts_what_it_left_running(served):
+    server = served((MODEL + TICKER).replace("idle_s = 1", "idle_s = 30"))
     server.make_snapshot()
     server.ask("/tiny/count", b"{}")
-    before = server.ready()
-    server.kill()
+    with stream_of(server, "/ticker/ticks") as stream:
+        assert stream.readline() == b"data: tick\n"
+        before = server.ready(), server.ready("ticker")
+        server.kill()
+        with pytest.raises((IncompleteRead, ConnectionError)):
+            stream.read()
+    with pytest.raises(urllib.error.URLError):
+        server.ask("/tiny/ping")
     server.start()
-    wait_until(lambda: server.ready() == before)
+    wait_until(lambda: (server.ready(), server.ready("ticker")) == before)
     assert json.loads(server.ask("/tiny/state"))["counter"] == 1, "it is the same process"
     assert server.model()["cold"], "what its cold start took is still known"
     assert server.stop() == 0
 
 
-def test_a_damaged_snapshot_costs_a_cold_start_and_is_made_anew(served):
-    server = served()
+def test_a_damaged_snapshot_costs_a_cold_start_and_is_made_anew_while_another_model_is_served(served):
+    server = served(MODEL + tiny_model("other"))
     server.make_snapshot()
-    wait_until(lambda: server.model()["phase"] == "cold")
+    server.make_snapshot("other")
+    server.all_cold()
     # The store's copy would mend it: this is about the day on which there is none.
     shutil.rmtree(server.folder / "home" / "store", ignore_errors=True)
-    for path in (server.folder / "home" / "cache").rglob("files.pack"):
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert server.ask("/tiny/ping") == b"pong"
-    assert len(server.events("cold")) == 2
+    (damaged,) = [p for p in (server.folder / "home" / "cache").rglob("files.pack") if "tiny." in str(p)]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with another_client(lambda: server.ask("/other/ping")):
+        assert server.ask("/tiny/ping") == b"pong"
+    assert [len(server.events("cold", m)) for m in ("tiny", "other")] == [2, 1]
     (fallback,) = server.events("fallback")
     assert "files.pack" in fallback["text"] or "damaged" in fallback["text"]
     assert 'hotstart_fallbacks_total{model="tiny"} 1' in server.ask("/metrics").decode()
     wait_until(lambda: server.model()["snapshot"], 60)
     wait_until(lambda: server.model()["phase"] == "cold")
     server.ask("/tiny/ping")
-    assert len(server.events("restore")) == 1
+    assert len(server.events("restore", "tiny")) == 1
+
+
+def test_a_disk_that_fills_up_leaves_cold_starts_that_serve_and_restores_that_go_on(served, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", home], check=True)
+    try:
+        server = served(MODEL + tiny_model("other"))
+        server.make_snapshot("other")
+        server.all_cold()
+        wait_until(lambda: set(server.hotstart().store.home.names()), 60)
+        with open(home / "everything-else", "wb") as f, suppress(OSError):
+            while True:
+                f.write(bytes(1 << 20))
+        with another_client(lambda: server.ask("/other/ping")):
+            assert server.ask("/tiny/ping") == b"pong"
+            wait_until(lambda: server.events("snapshot failed", "tiny"), 60)
+            assert server.ask("/tiny/ping") == b"pong"
+        assert [len(server.events("cold", m)) for m in ("tiny", "other")] == [1, 1]
+        assert server.events("restore", "other") and server.model()["fell_back"]
+        assert server.stop() == 0
+    finally:
+        subprocess.run(["umount", "-l", home], check=True)
 
 
 def test_a_full_disk_leaves_cold_starts_that_serve(served, tmp_path):
@@ -198,7 +144,7 @@ def test_a_full_disk_leaves_cold_starts_that_serve(served, tmp_path):
 def test_a_killed_and_a_hung_replica_are_replaced_and_nobody_is_told(served):
     server = served(MODEL.replace("max_replicas = 3", "min_replicas = 1\nmax_replicas = 3"))
     server.make_snapshot()
-    hotstart = Hotstart(home=str(server.folder / "home"), run=str(server.folder / "run"))
+    hotstart = server.hotstart()
     for blow in (signal.SIGKILL, signal.SIGSTOP):
         wait_until(server.ready)
         name = server.ready()[0]
@@ -208,6 +154,30 @@ def test_a_killed_and_a_hung_replica_are_replaced_and_nobody_is_told(served):
     wait_until(lambda: len(server.events("replica failed")) == 2)
 
 
+def test_a_stream_whose_replica_is_killed_is_told_and_nobody_else_is_hurt(served):
+    server = served(MODEL + TICKER)
+    server.make_snapshot("ticker")
+    server.make_snapshot()
+    with ExitStack() as streams:
+        broken = streams.enter_context(stream_of(server, "/ticker/ticks"))
+        wait_until(lambda: server.model("ticker")["in_flight"] == 1)
+        (name,) = [r["name"] for r in server.model("ticker")["replicas"] if r["in_flight"]]
+        other = streams.enter_context(stream_of(server, "/ticker/ticks"))
+        assert other.readline() == b"data: tick\n"
+        with another_client(lambda: server.ask("/tiny/ping")), another_client(other.readline) as ticks:
+            os.kill(server.hotstart().find(name)[1].host_root_pid(), signal.SIGKILL)
+            with pytest.raises(IncompleteRead) as e:
+                broken.read()
+            assert server.ask("/ticker/ping") == b"pong"
+            count = len(ticks)
+            wait_until(lambda: len(ticks) > count + 20)
+    assert set(ticks) == {b"data: tick\n", b"\n"}
+    *before, told, end = e.value.partial.split(b"\n\n")
+    assert set(before) == {b"data: tick"} and end == b""
+    assert json.loads(told.removeprefix(b"data: "))["error"]["code"] == "replica_failed"
+    wait_until(lambda: [e["replica"] for e in server.events("replica failed")] == [name])
+
+
 def test_what_a_model_is_made_of_changes_and_requests_go_on(served, tmp_path):
     code = tmp_path / "server.py"
     shutil.copy(TINY / "server.py", code)
@@ -215,25 +185,11 @@ def test_what_a_model_is_made_of_changes_and_requests_go_on(served, tmp_path):
     server = served(text)
     server.make_snapshot()
     old = server.ready()[0]
-    ended, failures = threading.Event(), []
-
-    def go_on() -> None:
-        while not ended.is_set():
-            try:
-                assert server.ask("/tiny/ping") in (b"pong", b"pong!")
-            except Exception as e:
-                failures.append(e)
-
-    client = threading.Thread(target=go_on)
-    client.start()
-    try:
+    with another_client(lambda: server.ask("/tiny/ping")) as answers:
         code.write_text(code.read_text().replace('return "pong"', 'return "pong!"'))
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: server.ready() and old not in server.ready(), 60)
-    finally:
-        ended.set()
-        client.join()
-    assert failures == []
+    assert set(answers) <= {b"pong", b"pong!"}
     assert server.ask("/tiny/ping") == b"pong!"
     assert server.events("changed")[0]["text"].startswith("files changed")
 
