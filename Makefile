@@ -66,6 +66,7 @@ test-long: compiled ## soaks, fuzzing, big matrices
 	scripts/install-engine transformers
 	scripts/install-engine vllm
 	scripts/install-programs
+	scripts/install-clients
 	scripts/install-packages wrk
 	$(BIN)/pytest -m long
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""SmolLM2 through transformers behind the smallest server that speaks OpenAI's chat completions, one request at a time.
+"""SmolLM2 through transformers behind the smallest server that speaks OpenAI's chat completions and embeddings, one request at a time.
 
     python server.py MODEL_FOLDER [--port 8000]
 
@@ -7,7 +7,9 @@ Equal requests get equal bytes, for an answer holds no id and no time; unless th
 """
 
 import argparse
+import base64
 import json
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -58,6 +60,39 @@ class Chat:
             },
         }
 
+    @torch.inference_mode()
+    def embed(self, body):
+        """Turn the body of a request into the body of its answer: of each text the mean of what its tokens became, at length 1."""
+        texts, as_base64, model = read_texts(body)
+        prompts = [self._tokenizer(text, return_tensors="pt") for text in texts]
+        tokens = sum(prompt["input_ids"].shape[1] for prompt in prompts)
+        if any(not 0 < prompt["input_ids"].shape[1] <= CONTEXT_TOKENS for prompt in prompts):
+            raise ValueError(f"a text has from 1 to {CONTEXT_TOKENS} tokens")
+        means = [self._model.base_model(**prompt).last_hidden_state[0].mean(0) for prompt in prompts]
+        vectors = [torch.nn.functional.normalize(mean, dim=0).tolist() for mean in means]
+        told = [base64.b64encode(array("f", v).tobytes()).decode() for v in vectors] if as_base64 else vectors
+        return {
+            "object": "list",
+            "model": model,
+            "data": [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(told)],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+
+def read_texts(body):
+    """Return texts, whether their vectors are wanted as base64, and model of a request; ValueError says what is wrong."""
+    try:
+        request = json.loads(body)
+        texts = [request["input"]] if isinstance(request["input"], str) else [*request["input"]]
+        encoding = request.get("encoding_format", "float")
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError('the body must be JSON with "input", a text or a list of them') from error
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError('"input" must be a text or a list of them')
+    if encoding not in ("float", "base64"):
+        raise ValueError('"encoding_format" must be "float" or "base64"')
+    return texts, encoding == "base64", request.get("model")
+
 
 def read_request(body):
     """Return messages, max_tokens, temperature and model of a request; ValueError says what is wrong."""
@@ -95,11 +130,12 @@ def handler_for(chat):
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if self.path != "/v1/chat/completions":
+            answer = {"/v1/chat/completions": chat.answer, "/v1/embeddings": chat.embed}.get(self.path)
+            if not answer:
                 self.reply_error(404, f"no such path: {self.path}")
                 return
             try:
-                self.reply(200, compute.submit(chat.answer, body).result())
+                self.reply(200, compute.submit(answer, body).result())
             except ValueError as error:
                 self.reply_error(400, str(error))
 
@@ -125,7 +161,7 @@ class Server(ThreadingHTTPServer):
 
 
 def main():
-    options = argparse.ArgumentParser(description="Chat completions with SmolLM2.")
+    options = argparse.ArgumentParser(description="Chat completions and embeddings with SmolLM2.")
     options.add_argument("folder")
     options.add_argument("--port", type=int, default=8000)
     chosen = options.parse_args()
