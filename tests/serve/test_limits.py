@@ -125,6 +125,23 @@ async def test_bodies_have_a_size_and_a_time():
 
 
 @on_loop
+@pytest.mark.parametrize("limits", [ClientLimits(body_s=0.3), ClientLimits(stall_s=0.3)])
+async def test_a_client_that_dribbles_behind_what_is_held_of_a_body_holds_no_replica(limits):
+    async with workers() as [worker], stage(CHAT, limits=limits) as s:
+        s.pool.add(worker)
+        async with Client(s.port) as slow:
+            await slow.send(b"POST /m/x HTTP/1.1\r\nhost: a\r\ncontent-length: 3000000\r\n\r\n" + bytes(2 << 20))
+            await until(lambda: s.gateway.traffic.load("m").in_flight)
+            while s.gateway.traffic.load("m").in_flight:
+                if limits.body_s < 1:  # else it falls silent
+                    await slow.send(b"x")
+                await asyncio.sleep(0.02)
+            answer = await slow.answer("POST")
+        assert (answer.status, answer.code) == (408, "request_timeout")
+        assert worker.seen == [] and s.pool.failures == []
+
+
+@on_loop
 async def test_a_client_that_takes_nothing_is_let_go():
     async with workers() as [worker], stage(CHAT, limits=ClientLimits(stall_s=0.3)) as s:
         s.pool.add(worker)

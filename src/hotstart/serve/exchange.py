@@ -58,30 +58,36 @@ class Budget:
 class Upload:
     """A request's body, of which the beginning, or all, is held: that can be sent twice."""
 
-    def __init__(self, body: Body, budget: Budget) -> None:
+    def __init__(self, body: Body, budget: Budget, limits: ClientLimits) -> None:
         self.body = body
         self.data = bytearray()
-        self._budget = budget
+        self._budget, self._stall_s = budget, limits.stall_s
+        self._left_s = limits.body_s  # for which the client may still be waited for
 
     @property
     def whole(self) -> bool:
         """Say whether all of it is held."""
         return self.body.whole and not self.body.held
 
-    async def hold(self, at_least: int, most: int, limits: ClientLimits) -> None:
+    async def hold(self, at_least: int, most: int) -> None:
         """Read until it is whole, or `at_least` bytes are held. Raises Refusal if it is longer than `most`."""
         if self.body.whole:  # all of it came with the head, as small ones do
             if self.body.held:
                 self._take(self.body.take(), most)
             return
-        until = time.monotonic() + limits.body_s
         while not self.whole and len(self.data) < at_least:
-            try:
-                async with asyncio.timeout(min(limits.stall_s, until - time.monotonic())):
-                    piece = await self.body.read(None)
-            except TimeoutError:
-                raise Refusal(408, "request_timeout", "the body did not come in time") from None
-            self._take(piece, most)
+            self._take(await self.read(), most)
+
+    async def read(self) -> bytes:
+        """Return more of it, nothing at its end. Raises Refusal if it does not come in time."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(min(self._stall_s, self._left_s)):
+                return await self.body.read(None)
+        except TimeoutError:
+            raise Refusal(408, "request_timeout", "the body did not come in time") from None
+        finally:
+            self._left_s -= time.monotonic() - began
 
     def let_go(self) -> None:
         """Forget it."""
@@ -275,7 +281,7 @@ class Exchange:
         """Send the rest of the body as it comes in."""
         upload, chunked = self._upload, "content-length" not in self._head.index
         size = len(upload.data)
-        while data := await upload.body.read(self._limits.stall_s):
+        while data := await upload.read():
             size += len(data)
             check_size(size, self._model.body_bytes)
             wire.write(chunk(data) if chunked else data)

@@ -175,10 +175,10 @@ class Gateway:
     async def _by_route(self, request: Request, client: ClientWire, route: Route) -> bool:
         self._check_key(route.model, request)
         check_size(_told_size(request), route.model.body_bytes)
-        upload = Upload(request.body, self._budget)
+        upload = Upload(request.body, self._budget, self._settings.limits)
         try:
             if not is_websocket(request.head):
-                await upload.hold(HELD_BYTES, route.model.body_bytes, self._settings.limits)
+                await upload.hold(HELD_BYTES, route.model.body_bytes)
             return await self._exchange(request, client, route, upload, streams=False)
         finally:
             upload.let_go()
@@ -187,9 +187,9 @@ class Gateway:
         most = self._routes.most_body_bytes
         self._check_any_key(request)
         check_size(_told_size(request), most)
-        upload = Upload(request.body, self._budget)
+        upload = Upload(request.body, self._budget, self._settings.limits)
         try:
-            await upload.hold(most + 1, most, self._settings.limits)
+            await upload.hold(most + 1, most)
             said = read_openai(upload.data)
             model = self._routes.models.get(said.model or "")
             if not model:
@@ -297,10 +297,10 @@ class Gateway:
         return next((self._pages[p] for p in self._prefixes if path.startswith(p)), None)
 
     async def _by_page(self, request: Request, client: ClientWire, page: PageSource, path: str, query: str) -> bool:
-        upload = Upload(request.body, self._budget)
+        upload = Upload(request.body, self._budget, self._settings.limits)
         try:
             check_size(_told_size(request), _MOST_PAGE_BODY_BYTES)
-            await upload.hold(_MOST_PAGE_BODY_BYTES + 1, _MOST_PAGE_BODY_BYTES, self._settings.limits)
+            await upload.hold(_MOST_PAGE_BODY_BYTES + 1, _MOST_PAGE_BODY_BYTES)
             asked = PageRequest(request.head.method, path, query, request.head.index, bytes(upload.data), client.peer)
             answer = await page(asked)
         except (Refusal, BadMessage, Broken):
