@@ -50,6 +50,32 @@ async def test_a_broken_chunk_ends_the_request_everywhere():
 
 
 @on_loop
+@pytest.mark.parametrize("ends", ["broken", "silent"])
+async def test_a_connection_on_which_a_request_is_not_whole_carries_no_other(ends):
+    """Else the worker would take the next client's request for the rest of that body."""
+
+    async def answer_early(worker, seen, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\no")
+        await asyncio.sleep(0.5)
+        writer.write(b"k")
+        await asyncio.sleep(3600)
+
+    async with workers() as [worker], stage(CHAT, limits=ClientLimits(stall_s=0.2)) as s:
+        worker.scripts["early:/x"] = answer_early
+        s.pool.add(worker)
+        async with Client(s.port) as client:
+            await client.send(b"POST /m/x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+            await client.send(b"120000\r\n" + bytes(0x120000) + b"\r\n")
+            await until(lambda: worker.connections)
+            await asyncio.sleep(0.1)
+            await client.send(b"zz\r\n" if ends == "broken" else b"1\r\nx\r\n")
+            answer = await client.answer("POST")
+            assert (answer.status, answer.body) == (200, b"ok")
+        assert (await s.ask("GET", "/m/x")).body == b"ok"
+        assert worker.connections == 2
+
+
+@on_loop
 async def test_an_upgrade_to_anything_but_a_websocket_is_an_ordinary_request():
     async with workers() as [worker], stage(CHAT) as s:
         s.pool.add(worker)

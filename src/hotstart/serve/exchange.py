@@ -239,8 +239,8 @@ class Exchange:
                 await self._relay_into_stream(wire, answer)
             else:
                 await self._relay(wire, answer)
-            if pump and not pump.done():
-                wire.abort()  # it has answered what it had not read
+            if pump and (not pump.done() or pump.exception()):
+                wire.abort()  # it would take the next request for the rest of this one
             else:
                 self._upstreams.keep(replica, wire)
         except BaseException:
