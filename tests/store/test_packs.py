@@ -10,6 +10,7 @@ from msgspec import structs
 from hotstart.errors import Damaged
 from hotstart.snapshot.manifest import MOST_CHUNK_BYTES
 from hotstart.store import packs
+from hotstart.store.buffers import Buffers
 from hotstart.store.content import PAGE_BYTES, digest_of
 from hotstart.store.memory import MemoryStore
 from hotstart.store.packs import (
@@ -170,6 +171,56 @@ def test_every_chunk_comes_back_as_it_was_raw_or_compressed():
     for chunk in chunks:
         assert read_back(store, places, chunk) == chunk
     assert [places[digest_of(c)].codec for c in (NOISE, TEXT, FLOAT32)] == [RAW, ZSTD, PLANES]
+
+
+def laid_out(chunks):
+    """Header and chunks as docs/format.md says, naively."""
+    data = b"HSPACK1\0" + bytes(40)
+    for chunk in chunks:
+        data += bytes(-len(data) % PAGE_BYTES if chunk.codec == RAW else 0) + bytes(chunk.data)
+    return data
+
+
+class Taking(MemoryStore):
+    """Remembers the parts of what was written last."""
+
+    def write(self, key, *parts):
+        self.parts = parts
+        return super().write(key, *parts)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_pack_holds_its_chunks_as_documented_whatever_memory_it_is_made_in(seed):
+    chance, store = random.Random(seed), Taking()
+    block = chance.choice([1, 2, 40]) * PAGE_BYTES
+    pack, memory, chunks = Pack(buffers=Buffers(block)), Buffers(1 << 18), []
+    for _ in range(chance.randrange(1, 12)):
+        data = chance.randbytes(chance.choice([1, 10, PAGE_BYTES - 48, PAGE_BYTES, 70_000, 1 << 17, 1 << 18]))
+        if chance.random() < 0.5:  # where a push reads it
+            room = memory.take()[: len(data)]
+            room[:] = data
+            data = room
+        chunks.append(Encoded(digest_of(data), len(data), chance.choice([RAW, ZSTD]), data))
+        pack.add(chunks[-1])
+    places, added = pack.write(store)
+    expected = laid_out(chunks)
+    ((key, size),) = store.list("")
+    assert size == added and store.read(key)[: len(expected)] == expected
+    assert read_pack_table(store, key.removeprefix("packs/"), size) == places
+
+
+def test_of_what_a_push_reads_long_raw_chunks_are_written_from_where_they_are_and_others_may_go():
+    raw, packed, store = Buffers(1 << 17).take(), bytearray(TEXT), Taking()
+    raw[:] = NOISE[:1].ljust(1 << 17, b"n")
+    pack = Pack()
+    for codec, data in ((ZSTD, packed), (RAW, raw)):
+        pack.add(Encoded(digest_of(data), len(data), codec, data))
+    packed[:] = bytes(len(packed))
+    raw[:1] = b"R"
+    pack.write(store)
+    whole = b"".join(store.parts)
+    assert whole[48 : 48 + len(TEXT)] == TEXT
+    assert whole[-(-(48 + len(TEXT)) // PAGE_BYTES) * PAGE_BYTES :].startswith(b"Rnnn")
 
 
 def test_an_encrypted_pack_shows_nothing_of_its_chunks_and_gives_them_back():

@@ -29,7 +29,8 @@ class Buffers:
         try:
             area = self._free.pop()
         except IndexError:
-            area = mmap.mmap(-1, self._length)
+            # Private: a fresh page of shared memory, which is what Python takes unless told, costs twice as much.
+            area = mmap.mmap(-1, self._length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         exporter = (ctypes.c_char * self._length).from_buffer(area)
         weakref.finalize(exporter, self._free.append, area).atexit = False
         return memoryview(exporter).cast("B")

@@ -13,6 +13,7 @@ from msgspec import Struct
 from hotstart.errors import Damaged
 from hotstart.snapshot.manifest import MOST_CHUNK_BYTES
 from hotstart.store import planes
+from hotstart.store.buffers import Buffers, begins_at_page
 from hotstart.store.content import PAGE_BYTES, digest_of
 from hotstart.store.port import Bytes, Missing, Store
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 PACK_BYTES = 64 << 20
 RAW, ZSTD, PLANES = 0, 1, 2
 ZSTD_LEVEL = 1
+BLOCK_BYTES = 4 << 20
+_OWN_PART_BYTES = 64 << 10  # less is copied: a write of its own would cost more
 _WORTH_IT = 0.875  # of its length: unpacking takes longer than reading does (docs/adr/0004)
 _NOISE = 0.99  # floating-point numbers are never so near to it, whatever their width
 _COMPACT = 0.3  # text, tables, zeros: no weights get there
@@ -172,12 +175,22 @@ class Encoded(Struct, frozen=True):
 
 
 class Pack:
-    """A pack that is being filled. Its name is the digest of its header and table, which holds the digest of every chunk."""
+    """A pack that is being filled. Its name is the digest of its header and table, which holds the digest of every chunk.
 
-    def __init__(self, sealing: Sealing = NOT_SEALED, cipher: Cipher | None = None) -> None:
-        self._sealing, self._cipher = sealing, cipher
-        self._parts: list[Bytes] = [self._header(0)]
-        self.size_bytes = _HEADER.size
+    What is added is copied while caches have it still, into blocks that lie in memory as in the pack, from page to page; only long
+    raw chunks that begin at a page already stay where they are.
+    """
+
+    def __init__(
+        self, sealing: Sealing = NOT_SEALED, cipher: Cipher | None = None, buffers: Buffers | None = None
+    ) -> None:
+        """`buffers` are of whole pages."""
+        self._sealing, self._cipher, self._buffers = sealing, cipher, buffers or Buffers(BLOCK_BYTES)
+        self._blocks = [self._buffers.take()]
+        self._parts: list[Bytes] = []
+        self._begun = self._filled = 0  # of the last block: what is in no part yet
+        self.size_bytes = 0
+        self._append(self._header(0))
         self._records: list[tuple[str, int, int, int, int]] = []
 
     def _header(self, number: int) -> bytes:
@@ -208,8 +221,29 @@ class Pack:
         self._append(data)
 
     def _append(self, data: Bytes) -> None:
-        self._parts.append(data)
+        import numpy as np
+
         self.size_bytes += len(data)
+        pages = len(data) // PAGE_BYTES * PAGE_BYTES
+        if pages >= _OWN_PART_BYTES and self._filled % PAGE_BYTES == 0 and begins_at_page(data):
+            self._end_part()
+            self._parts.append(memoryview(data)[:pages])
+            data = memoryview(data)[pages:]
+        rest = np.frombuffer(data, dtype=np.uint8)
+        while len(rest):
+            block = np.frombuffer(self._blocks[-1], dtype=np.uint8)[self._filled :]
+            length = min(len(rest), len(block))
+            block[:length] = rest[:length]  # other threads go on meanwhile
+            self._filled, rest = self._filled + length, rest[length:]
+            if length == len(block):
+                self._end_part()
+                self._blocks.append(self._buffers.take())
+                self._begun = self._filled = 0
+
+    def _end_part(self) -> None:
+        if self._begun < self._filled:
+            self._parts.append(self._blocks[-1][self._begun : self._filled])
+            self._begun = self._filled
 
     def write(self, store: Store) -> tuple[dict[str, Place], int]:
         """Store it; returns the places of its chunks and the bytes that this added to the store."""
@@ -218,9 +252,11 @@ class Pack:
             for digest, position, stored, length, codec in self._records
         )
         table = records + _FOOTER.pack(len(self._records), 0, _END_MAGIC)
+        self._end_part()
         added = False
         for number in count():
-            self._parts[0] = header = self._header(number)
+            header = self._header(number)
+            self._blocks[0][: len(header)] = header
             name = digest_of(header + records)
             added = store.write(f"packs/{name}", *self._parts, table)
             if added or _holds(store, f"packs/{name}", (*self._parts, table)):

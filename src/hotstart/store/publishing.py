@@ -1,9 +1,9 @@
 """Pushing a snapshot into a store: reading, verifying, compressing, encrypting and writing overlap.
 
-Chunks are read into memory that is used again and again, and what is not compressed is written from there: fresh memory costs
-more than to fill it. Memory use is bounded whatever the snapshot's size: packs that are being written and the one that is being
-filled, 64 MiB each, and a few batches of chunks for each thread (`PEAK_BYTES`). A push that was killed goes on where it stopped: the packs that it wrote are
-found by their own tables.
+Chunks are read into memory that is used again and again. What is not compressed is written from there, the rest from the pack's own
+blocks, which are used again, too: fresh memory costs more than to fill it. Memory use is bounded whatever the snapshot's size: packs
+that are being written and the one that is being filled, 64 MiB each, and a few batches of chunks for each thread (`PEAK_BYTES`). A
+push that was killed goes on where it stopped: the packs that it wrote are found by their own tables.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hotstart.store.digesting import Progress, no_progress
 from hotstart.store.leases import COLLECT, PUSH, Lease
 from hotstart.store.local import LocalSnapshot
 from hotstart.store.ordering import set_first
-from hotstart.store.packs import PACK_BYTES, Codec, Encoded, Pack, Place, packs_of, read_pack_table
+from hotstart.store.packs import BLOCK_BYTES, PACK_BYTES, Codec, Encoded, Pack, Place, packs_of, read_pack_table
 from hotstart.store.port import Bytes, Missing
 from hotstart.store.repository import Published, Repository
 from hotstart.store.weights import left_out
@@ -330,7 +330,8 @@ class _Packer:
         self._writers = ThreadPoolExecutor(WRITERS)
         self._encoding: deque[Future[list[Encoded]]] = deque()
         self._writing: deque[Future[tuple[dict[str, Place], int]]] = deque()
-        self._buffers, self._codecs = Buffers(BATCH_BYTES + MOST_CHUNK_BYTES), list[Codec]()
+        self._buffers, self._blocks = Buffers(BATCH_BYTES + MOST_CHUNK_BYTES), Buffers(BLOCK_BYTES)
+        self._codecs = list[Codec]()
         self._pack = self._new_pack()
 
     def run(self, pieces: Iterable[Piece]) -> set[str]:
@@ -418,4 +419,4 @@ class _Packer:
         self.written_bytes += added
 
     def _new_pack(self) -> Pack:
-        return Pack(*self._repository.new_sealing())
+        return Pack(*self._repository.new_sealing(), self._blocks)
