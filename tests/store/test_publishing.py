@@ -9,7 +9,7 @@ from msgspec import structs
 from hotstart.errors import BadUsage, Damaged, HotstartError, NotFound
 from hotstart.snapshot.manifest import RecordedRestore
 from hotstart.snapshot.workingset import Span, WorkingSet
-from hotstart.store import packs, publishing
+from hotstart.store import packs, publishing, pulling
 from hotstart.store.collecting import collect, snapshot_sizes, unpublish
 from hotstart.store.directory import DirectoryStore
 from hotstart.store.local import LocalSnapshots
@@ -139,6 +139,27 @@ def test_a_snapshot_goes_from_store_to_store_as_it_is(home, repo, elsewhere):
     publish(StoredSource(repo, "llm-1"), second)
     assert second.find("llm-1") == repo.find("llm-1")
     assert contents_of(pull("llm-1", second, elsewhere)) == contents_of(local)
+
+
+def test_what_is_pulled_is_on_its_way_to_the_disk_before_it_is_waited_for(home, repo, elsewhere, monkeypatch):
+    local, begun, settled = make_local(home), [], []
+    push(local, repo)
+
+    def name_of(fd):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def begin(fd, offset, length):
+        assert not settled
+        begun.append((name_of(fd), offset, offset + length))
+
+    monkeypatch.setattr(pulling, "settle_files", lambda fds: settled.extend(map(name_of, fds)))
+    monkeypatch.setattr(pulling, "begin_sync", begin)
+    pull("llm-1", repo, elsewhere)
+    assert len(settled) == len(local.manifest.files) + len(local.manifest.memory)
+    for memory in local.manifest.memory:
+        parts = [(start, end) for name, start, end in begun if name == os.path.basename(memory.name)]
+        for extent in local.extents(memory):
+            assert any(start <= extent.offset and extent.offset + extent.length <= end for start, end in parts)
 
 
 # ---- names

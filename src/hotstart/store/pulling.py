@@ -16,6 +16,7 @@ from hotstart.errors import Damaged, HotstartError
 from hotstart.snapshot.manifest import Manifest, MemoryFile
 from hotstart.store.content import Extent, decode_index, digest_of
 from hotstart.store.digesting import Progress, no_progress
+from hotstart.store.durable import begin_sync
 from hotstart.store.leases import PULL, Lease
 from hotstart.store.local import LocalSnapshot, LocalSnapshots, PartialPull, weights_in
 from hotstart.store.packs import Place
@@ -281,6 +282,8 @@ class _Transfer:
             at = place.position - run.start
             chunk = self._repository.open_chunk(digest, place, data[at : at + place.stored_bytes])
             written += _write(chunk, wanted[digest])
+        for fd, offset, length in _joined(run.chunks, wanted):
+            begin_sync(fd, offset, length)
         return written
 
     def close(self) -> None:
@@ -302,6 +305,21 @@ def _write(chunk: Bytes, targets: Iterable[Target]) -> int:
             raise OSError(28, os.strerror(28))
         written += len(chunk)
     return written
+
+
+def _joined(chunks: Iterable[tuple[str, Place]], wanted: Wanted) -> Iterator[tuple[int, int, int]]:
+    """Give what of files some chunks were written to, as (file, offset, length); what lies side by side is one part."""
+    fd, start, end = -1, 0, 0
+    for target, length in sorted(
+        ((t, p.length) for d, p in chunks for t in wanted[d]), key=lambda part: (part[0].fd, part[0].offset)
+    ):
+        if target.fd != fd or target.offset != end:
+            if fd >= 0:
+                yield fd, start, end - start
+            fd, start = target.fd, target.offset
+        end = target.offset + length
+    if fd >= 0:
+        yield fd, start, end - start
 
 
 def has_data(fd: int, offset: int) -> bool:
