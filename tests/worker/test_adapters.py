@@ -68,10 +68,12 @@ def run_with_torch(program):
     subprocess.run([python, "-c", program], cwd=ROOT, check=True, timeout=120)
 
 
+@pytest.mark.engine
 def test_vllm_s_kv_cache_on_a_cpu_is_given_back_whole_and_nothing_else():
     run_with_torch(GIVES_BACK)
 
 
+@pytest.mark.engine
 def test_importing_the_torch_adapter_gives_the_heap_back_before_a_checkpoint():
     run_with_torch(HOOKED)
 
