@@ -5,6 +5,7 @@ import pytest
 from hotstart.adapters.criu.program import why_it_failed
 
 RLIMIT = "(00.000123) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n"
+TUN = "(00.001234) Error (criu/tun.c:85): tun: Unable to create tun: No such file or directory\n"
 BAD_MODE = """\
 (00.004321)   1000: Error (criu/files-reg.c:2294): File srv/data has bad mode 0100600 (expect 0100644)
 (00.004330)   1000: Error (criu/files.c:1221): Unable to open fd=5 id=0x8
@@ -23,7 +24,7 @@ UNSEIZABLE = """\
 """
 
 
-@pytest.mark.parametrize("before", ["", RLIMIT], ids=["", "rlimit"])
+@pytest.mark.parametrize("before", ["", RLIMIT, TUN], ids=["", "rlimit", "tun"])
 @pytest.mark.parametrize(
     ("log", "said"),
     [

@@ -44,6 +44,20 @@ def seen_inside() -> Iterator[Path]:
         yield Path(folder)
 
 
+# ---- capturing
+
+
+def test_a_connection_that_nobody_has_accepted_yet_is_no_obstacle(hotstart):
+    script = (
+        "import socket, time; s = socket.create_server(('127.0.0.1', 8001)); "
+        "c = socket.create_connection(('127.0.0.1', 8001)); time.sleep(1000)"
+    )
+    hotstart.run("w", tiny_worker(command=(sys.executable, "-I", "-S", "-c", script), port=8001, ready_url=None))
+    time.sleep(1)  # until it has connected to itself; it cannot say so
+    take_snapshot(hotstart, "snap", "w", SnapshotOptions(), time.monotonic(), Progressing())
+    hotstart.restore("snap", wait=False)
+
+
 # ---- restoring
 
 

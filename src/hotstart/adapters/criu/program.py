@@ -18,9 +18,9 @@ _NO_PLUGINS = "/proc/self/ns"
 _SHARED_OPTIONS = (
     "--tcp-close", "--file-locks", "--ext-unix-sk", "--link-remap", "--manage-cgroups=ignore", "--libdir", _NO_PLUGINS,
 )  # fmt: skip
-# CRIU says it wherever it may not raise its own limit of open files, and goes on (4.2.1).
 _GHOST_LIMIT = "1000G"  # of a file that was deleted and is still open; CRIU's own limit is 1 MiB
-_HARMLESS = "rlimit: Can't setup RLIMIT_NOFILE for self"
+# CRIU says it, and goes on, wherever it may not raise its own limit of open files, and where there is no /dev/net/tun (4.2.1).
+_HARMLESS = ("rlimit: Can't setup RLIMIT_NOFILE for self", "tun: Unable to create tun")
 
 
 class Criu:
@@ -57,11 +57,14 @@ class Criu:
         return version
 
     def dump_command(self, root_pid: int, images_fd: int, hook: str) -> list[str]:
-        """Dump the tree below `root_pid` (as seen inside) and leave it running; `hook` runs while it is frozen."""
+        """Dump the tree below `root_pid` (as seen inside) and leave it running; `hook` runs while it is frozen.
+
+        Connections that nobody has accepted yet are its own only: whoever probes a worker makes one at any time.
+        """
         return [
             *self.command, "dump", "--tree", str(root_pid), "--images-dir", f"/proc/self/fd/{images_fd}",
             "--log-file", "dump.log", "-v2", "--leave-running", "--action-script", hook,
-            "--ghost-limit", _GHOST_LIMIT, *_SHARED_OPTIONS,
+            "--ghost-limit", _GHOST_LIMIT, "--skip-in-flight", *_SHARED_OPTIONS,
         ]  # fmt: skip
 
     def restore_command(
