@@ -6,7 +6,6 @@ On the cluster of KUBECONFIG; `make test-cluster` starts one. Its node must be t
 import base64
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -14,27 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from hotstart.adapters.kubernetes.names import NODE_AGENT, PLACEHOLDER, RESTORE_FROM, RESTORED, SNAPSHOT, agent_lease
+from hotstart.adapters.kubernetes.names import PLACEHOLDER, RESTORE_FROM, RESTORED, SNAPSHOT, agent_lease
 from hotstart.adapters.kubernetes.objects import LEASES, PODS, SECRETS, SNAPSHOTS, WEBHOOKS, NotThere, is_true, path
 from hotstart.operator.decisions import timestamp
-from hotstart.operator.manifests import VALUES, render
+from tests.cluster import installing
+from tests.cluster.installing import SYSTEM
 
 pytestmark = pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="no cluster: make test-cluster starts one")
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SYSTEM = "hotstart-system"
 PAUSE = {"name": "worker", "image": "localhost/pause:1"}
-UNNEEDED = (
-    "numpy*",
-    "helm_python*",
-    "hypothesis*",
-    "pip*",
-    "pydantic*",
-    "kubernetes_validate*",
-    "obstore*",
-    "__pycache__",
-)
 
 
 def kubectl(*arguments, sent=None, check=True):
@@ -58,53 +46,15 @@ def until(what, condition, timeout_s=120):
     return value
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory):
-    """The operator's image: Debian's Python and what the operator imports."""
-    folder = tmp_path_factory.mktemp("image")
-    packages = next(BIN.parent.glob("lib/python3*/site-packages"))
-    shutil.copytree(packages, folder / "tree/opt/hotstart", ignore=shutil.ignore_patterns(*UNNEEDED))
-    shutil.copytree(
-        ROOT / "src/hotstart", folder / "tree/opt/hotstart/hotstart", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    make = [
-        "/usr/bin/python3",
-        ROOT / "scripts/cluster.d/image.py",
-        folder / "operator.tar",
-        "localhost/hotstart-operator:1",
-    ]
-    entry = [f"--entry={word}" for word in ("/usr/bin/python3", "-m", "hotstart.cli.main")]
-    environment = ["--env", "PYTHONPATH=/opt/hotstart", "--env", "PYTHONDONTWRITEBYTECODE=1"]
-    subprocess.run([*make, "--python", "--tree", folder / "tree", *entry, *environment], check=True)
-    subprocess.run([ROOT / "scripts/cluster", "image", folder / "operator.tar"], check=True)
-    return "localhost/hotstart-operator:1"
-
-
 @pytest.fixture(scope="module", autouse=True)
-def installed(image):
-    settings = {
-        "operator.image": image,
-        "operator.resources": "{}",
-        "webhook.matchConditions": "[]",
-        "agent.nodeSelector": json.dumps({NODE_AGENT: "played-by-the-test"}),
-    }
-    arguments = [word for k, v in settings.items() for word in ("--set", f"{k}={v}")]
-    done = hotstart("k8s", "install", *arguments)
-    assert done.returncode == 0, done.stderr
-    kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
-    try:
-        kubectl("rollout", "status", "deployment/hotstart-operator", "-n", SYSTEM, "--timeout=180s")
+def installed(tmp_path_factory):
+    image = installing.make_image(tmp_path_factory.mktemp("image"))
+    with installing.installed(image):
         yield
-    finally:
         logs = kubectl(
             "logs", "-n", SYSTEM, "-l", "app.kubernetes.io/component=operator", "--prefix", "--tail=200", check=False
         )
         print(kubectl("get", "pods", "-A", check=False), logs)
-        # Not the definitions: on a cluster of somebody's own, all Snapshots would go with them.
-        for obj in reversed(render(VALUES, SYSTEM, [])[1:]):
-            metadata = obj["metadata"]
-            where = ["-n", metadata["namespace"]] if "namespace" in metadata else []
-            kubectl("delete", obj["kind"], metadata["name"], *where, "--wait=false", "--ignore-not-found", check=False)
 
 
 @pytest.fixture

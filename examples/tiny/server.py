@@ -212,13 +212,14 @@ def handler_for(worker):
 def main():
     options = argparse.ArgumentParser(description="A tiny worker with 32 MiB of memory.")
     options.add_argument("--port", type=int, default=int(os.environ.get("PORT", "8000")))
+    options.add_argument("--host", default="127.0.0.1", help="address to listen on")
     options.add_argument("--delay", type=float, default=0, help="seconds before it listens")
     options.add_argument("--sdk", action="store_true", help="say through hotstart.worker when it is ready")
     chosen = options.parse_args()
 
     worker = Worker()
     time.sleep(chosen.delay)
-    server = ThreadingHTTPServer(("127.0.0.1", chosen.port), handler_for(worker))
+    server = ThreadingHTTPServer((chosen.host, chosen.port), handler_for(worker))
     print("ready", flush=True)
     if chosen.sdk:
         threading.Thread(target=server.serve_forever, daemon=True).start()

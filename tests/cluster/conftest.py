@@ -1,34 +1,11 @@
+import json
 import os
-import subprocess
 
 import pytest
 
-from tests.cluster import kube
-
-CRDS = [("Snapshot", "snapshots", "Namespaced"), ("SnapshotClass", "snapshotclasses", "Cluster")]
-
-
-def definition(kind, plural, scope):
-    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{kube.GROUP}"},
-        "spec": {
-            "group": kube.GROUP,
-            "scope": scope,
-            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
-            "versions": [
-                {
-                    "name": "v1alpha1",
-                    "served": True,
-                    "storage": True,
-                    "subresources": {"status": {}},
-                    "schema": {"openAPIV3Schema": anything},
-                }
-            ],
-        },
-    }
+from hotstart.operator.manifests import custom_resources
+from tests.cluster import installing, kube
+from tests.cluster.installing import SYSTEM
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,8 +15,8 @@ def cluster():
         pytest.skip("no cluster: make test-cluster starts one")
     if "HOTSTART_CLUSTER_BUSYBOX" not in os.environ:
         pytest.skip("these tests start and kill the agent of the node: they need the cluster of scripts/cluster")
-    for kind in CRDS:
-        kube.apply(definition(*kind))
+    for definition in custom_resources():
+        kube.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(definition))
     kube.until(
         "the definitions are served", lambda: "snapshots" in kube.kubectl("api-resources", "--api-group", kube.GROUP)
     )
@@ -48,23 +25,30 @@ def cluster():
 @pytest.fixture(scope="session")
 def images(cluster, tmp_path_factory):
     """Images made here: a small worker, and one that finds everything on the node."""
-    folder = tmp_path_factory.mktemp("images")
-    make = ["/usr/bin/python3", str(kube.ROOT / "scripts" / "cluster.d" / "image.py")]
-    server = str(kube.ROOT / "examples" / "tiny" / "server.py")
-    busybox = os.environ["HOTSTART_CLUSTER_BUSYBOX"]
-    entry = ["--entry", "/usr/bin/python3", "--entry", "/server.py"]
-    small = [*make, str(folder / "tiny.tar"), "localhost/tiny:1", "--python", "--file", server, "/server.py", *entry]
-    subprocess.run([*small, "--file", busybox, "/bin/busybox"], check=True)
-    subprocess.run([*make, str(folder / "host.tar"), "localhost/host:1", "--host"], check=True)
-    subprocess.run([kube.SCRIPT, "image", folder / "tiny.tar", folder / "host.tar"], check=True)
+    installing.make_worker_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
-def agent(images, tmp_path_factory):
-    """An agent of the node with a store of its own."""
-    folder = tmp_path_factory.mktemp("agent")
-    made = kube.Agent(folder / "home", "/run/hotstart", folder / "agent.log")
+def operator(images, tmp_path_factory):
+    """The operator in two pods, as `hotstart k8s install` makes them, with an image made here. The agents of the module are its own."""
+    image = installing.make_image(tmp_path_factory.mktemp("operator"))
+    with installing.installed(image):
+        yield
+        print(kube.kubectl("logs", "-n", SYSTEM, "-l", OPERATOR, "--prefix", "--tail=200", check=False))
+
+
+@pytest.fixture(scope="module")
+def agent(request, images, tmp_path_factory):
+    """An agent of the node with a store of its own; beside an operator with the rights that its installation gives it."""
+    folder, environment = tmp_path_factory.mktemp("agent"), {}
+    if "operator" in request.fixturenames:
+        request.getfixturevalue("operator")
+        environment = {"POD_NAMESPACE": SYSTEM, "KUBECONFIG": str(installing.agents_kubeconfig(folder / "agent.conf"))}
+        environment |= NO_STORE
+    made = kube.Agent(folder / "home", folder / "agent.log", **environment)
     made.start()
+    if environment:
+        kube.until("the webhook knows of the agent", installing.makes_placeholders)
     yield made
     if made.running():
         made.kill()
@@ -89,5 +73,13 @@ def pytest_runtest_makereport(item, call):
         item.add_report_section("call", "agent", made.log()[-6000:])
 
 
+OPERATOR = "app.kubernetes.io/component=operator"
+# Nothing listens there: what s3://... means to the agents beside an operator.
+NO_STORE = {
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+    "AWS_ALLOW_HTTP": "true",
+    "AWS_ACCESS_KEY_ID": "none",
+    "AWS_SECRET_ACCESS_KEY": "none",
+}
 TINY = {"image": "localhost/tiny:1", "ports": [{"containerPort": 8000}]}
 TINY_WORKER = {"port": 8000, "warmup": [{"method": "GET", "path": "/ping"}]}

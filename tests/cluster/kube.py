@@ -1,5 +1,6 @@
 """The cluster, as tests see it: kubectl, manifests, an agent that can be killed."""
 
+import http.client
 import json
 import os
 import signal
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from hotstart.adapters.kubernetes.client import read_kubeconfig
 
 ROOT = Path(__file__).parents[2]
 GROUP = "hotstart.dev"
@@ -36,10 +39,21 @@ CAPABILITIES = [
 ]
 
 
+def environment():
+    """Ours; kubectl is the cluster's, else the one that `make` installs."""
+    return {**os.environ, "PATH": f"{os.environ['PATH']}:{ROOT}/.k8s/bin"}
+
+
 def kubectl(*arguments, stdin=None, check=True):
     """What kubectl prints."""
     run = subprocess.run(
-        ["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
+        ["kubectl", *arguments],
+        input=stdin,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_TIMEOUT_S + 10,
     )
     assert not check or run.returncode == 0, f"kubectl {' '.join(arguments)}: {run.stderr}"
     return run.stdout
@@ -84,9 +98,27 @@ def gate_reason(pod):
     return gates[0].get("reason") if gates and gates[0]["status"] == "True" else None
 
 
+def not_of(pods, source):
+    """Pods but one, and what the Deployment has made since in its place."""
+    return [p for p in pods if p["metadata"]["uid"] != source["metadata"]["uid"]]
+
+
 def receipt(pod):
     text = (pod["metadata"].get("annotations") or {}).get(f"{GROUP}/receipt")
     return json.loads(text) if text else None
+
+
+def through_service(name, namespace, path, port=8000):
+    """What the API server gets from a pod of a Service, which it chooses of those that are ready: status and body."""
+    access = read_kubeconfig(os.environ["KUBECONFIG"])
+    connection = http.client.HTTPSConnection(access.host, access.port, timeout=20, context=access.context())
+    try:
+        url = f"/api/v1/namespaces/{namespace}/services/{name}:{port}/proxy{path}"
+        connection.request("GET", url, headers=access.headers())
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
 
 
 def ready_pods(namespace, selector, count, timeout_s=_TIMEOUT_S):
@@ -102,24 +134,16 @@ def ready_pods(namespace, selector, count, timeout_s=_TIMEOUT_S):
     return until(f"{count} ready pods of {selector}", look, timeout_s)
 
 
-def placeholder(snapshot, container="worker", **labels):
-    """What the webhook adds to a pod's metadata."""
-    return {
-        "labels": {f"{GROUP}/snapshot": snapshot, f"{GROUP}/placeholder": "true", **labels},
-        "annotations": {f"{GROUP}/restore-from": snapshot, f"{GROUP}/container": container},
-    }
-
-
 def deployment(name, namespace, snapshot, container, replicas=1, volumes=()):
-    """A Deployment of placeholders, as the webhook would leave them."""
+    """A Deployment as its user writes it: one annotation names the Snapshot."""
     spec = {
-        "readinessGates": [{"conditionType": f"{GROUP}/restored"}],
         "terminationGracePeriodSeconds": 5,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "containers": [{"name": "worker", "imagePullPolicy": "Never", **container}],
         "volumes": list(volumes),
     }
+    metadata = {"labels": {"app": name}, "annotations": {f"{GROUP}/restore-from": snapshot}}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -127,29 +151,45 @@ def deployment(name, namespace, snapshot, container, replicas=1, volumes=()):
         "spec": {
             "replicas": replicas,
             "selector": {"matchLabels": {"app": name}},
-            "template": {"metadata": placeholder(snapshot, app=name), "spec": spec},
+            "template": {"metadata": metadata, "spec": spec},
         },
     }
 
 
-def snapshot(name, namespace, worker):
+def of_placeholders(deployment, **labels):
+    """A Deployment whose pods are as the webhook would leave them, where no operator runs."""
+    template = deployment["spec"]["template"]
+    snapshot = template["metadata"]["annotations"][f"{GROUP}/restore-from"]
+    template["metadata"]["labels"] |= {f"{GROUP}/snapshot": snapshot, f"{GROUP}/placeholder": "true", **labels}
+    template["metadata"]["annotations"][f"{GROUP}/container"] = "worker"
+    template["spec"]["readinessGates"] = [{"conditionType": f"{GROUP}/restored"}]
+    return deployment
+
+
+def snapshot(name, namespace, pod, worker, **spec):
+    """A Snapshot of a pod."""
     return {
         "apiVersion": f"{GROUP}/v1alpha1",
         "kind": "Snapshot",
         "metadata": {"name": name, "namespace": namespace},
-        "spec": {"worker": worker},
+        "spec": {"source": {"pod": {"name": pod["metadata"]["name"]}}, "worker": worker, **spec},
     }
 
 
 def capture(name, namespace, pod, worker, timeout_s=_TIMEOUT_S):
     """Make a Snapshot and ask for its capture, as the operator would; return it when it is Ready or Failed."""
-    apply(snapshot(name, namespace, worker))
+    apply(snapshot(name, namespace, pod, worker))
     status = {"phase": "Capturing", "node": NODE, "pod": pod["metadata"]["name"], "podUID": pod["metadata"]["uid"]}
     patch_status("snapshots", name, namespace, {**status, "container": "worker"})
+    return captured(name, namespace, timeout_s)
+
+
+def captured(name, namespace, timeout_s=_TIMEOUT_S):
+    """Wait until a Snapshot is Ready or Failed."""
 
     def look():
         found = get("snapshot", name, namespace)
-        return found if found["status"]["phase"] in ("Ready", "Failed") else None
+        return found if found.get("status", {}).get("phase") in ("Ready", "Failed") else None
 
     return until(f"snapshot {name}", look, timeout_s)
 
@@ -161,16 +201,17 @@ def events(namespace, reason):
 class Agent:
     """The agent of the node, as a process of ours where the node's daemons run."""
 
-    def __init__(self, home, run, log):
-        self._home, self._run, self.log_path = home, run, log
+    def __init__(self, home, log, **environment):
+        self.home, self.log_path = home, log
+        self._environment = {"POD_NAMESPACE": "default", **environment}
         self._process = None
 
     def start(self):
         environment = {
             **os.environ,
-            "HOTSTART_HOME": str(self._home),
-            "HOTSTART_RUN": str(self._run),
-            "POD_NAMESPACE": "default",
+            "HOTSTART_HOME": str(self.home),
+            "HOTSTART_RUN": "/run/hotstart",
+            **self._environment,
         }
         bounds = ",".join(f"+{name}" for name in CAPABILITIES)
         hotstart = Path(sys.executable).parent / "hotstart"
@@ -184,6 +225,10 @@ class Agent:
         mark = self.log().count("is ready")
         until("the agent is ready", lambda: self.log().count("is ready") > mark or self._process.poll() is not None)
         assert self._process.poll() is None, self.log()
+
+    @property
+    def pid(self):
+        return self._process.pid
 
     def log(self):
         return self.log_path.read_text(errors="replace")

@@ -7,7 +7,7 @@ import pytest
 from tests.cluster import kube
 from tests.cluster.conftest import TINY, TINY_WORKER
 from tests.cluster.kube import kubectl
-from tests.cluster.test_small import ask, restored_of, scale, start, state
+from tests.cluster.test_small import ask, scale, start, state
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_without_an_agent_pods_run_their_own_command_and_the_next_agent_opens_th
     kubectl("scale", "deployment", "tiny", "-n", namespace, "--replicas=2")
 
     def runs():
-        pods = restored_of(kube.listed("pods", namespace, "app=tiny"), captured)
+        pods = kube.not_of(kube.listed("pods", namespace, "app=tiny"), captured)
         return pods if pods and pods[0]["status"]["phase"] == "Running" else None
 
     (pod,) = kube.until("the pod runs", runs)
@@ -33,12 +33,12 @@ def test_without_an_agent_pods_run_their_own_command_and_the_next_agent_opens_th
     time.sleep(3)  # for an agent to find it too old to be interrupted
     agent.start()
     pods = kube.ready_pods(namespace, "app=tiny", 2)
-    assert kube.gate_reason(restored_of(pods, captured)[0]) == "ColdStarted"
+    assert kube.gate_reason(kube.not_of(pods, captured)[0]) == "ColdStarted"
     assert state(pod)["pid"] == 1
 
 
 def test_a_worker_that_an_earlier_agent_restored_goes_on_and_is_restored_again_by_the_next(captured, namespace, agent):
-    (pod,) = restored_of(scale(namespace, 2), captured)
+    (pod,) = kube.not_of(scale(namespace, 2), captured)
     ask(pod, "/count", {})
     agent.kill()
     assert state(pod)["counter"] == 1
@@ -63,7 +63,7 @@ def test_an_agent_that_is_killed_while_it_restores_leaves_pods_that_serve(captur
 
 def test_a_capture_whose_agent_is_killed_is_taken_by_the_next(agent, namespace):
     (source,) = start(namespace, container=TINY)
-    kube.apply(kube.snapshot("snap", namespace, TINY_WORKER))
+    kube.apply(kube.snapshot("snap", namespace, source, TINY_WORKER))
     status = {
         "phase": "Capturing",
         "node": kube.NODE,
@@ -76,5 +76,5 @@ def test_a_capture_whose_agent_is_killed_is_taken_by_the_next(agent, namespace):
     assert ask(source, "/ping").strip() == "pong"
     agent.start()
     kube.until("it is captured", lambda: kube.get("snapshot", "snap", namespace)["status"]["phase"] == "Ready")
-    (pod,) = restored_of(scale(namespace, 2), source)
+    (pod,) = kube.not_of(scale(namespace, 2), source)
     assert kube.gate_reason(pod) == "Restored"

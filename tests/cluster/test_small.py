@@ -10,7 +10,7 @@ from tests.cluster.conftest import TINY, TINY_WORKER
 from tests.cluster.kube import GROUP, kubectl
 
 
-def ask(pod, path, body=None):
+def ask(pod, path, body=None, *, check=True):
     """What a pod's worker answers, asked from inside as kubectl does it."""
     meta = pod["metadata"]
     code = (
@@ -19,7 +19,8 @@ def ask(pod, path, body=None):
         "print(u.urlopen(u.Request('http://127.0.0.1:8000'+sys.argv[1],d),timeout=20).read().decode())"
     )
     more = [] if body is None else [json.dumps(body)]
-    return kubectl("exec", meta["name"], "-n", meta["namespace"], "--", "/usr/bin/python3", "-c", code, path, *more)
+    python = ["--", "/usr/bin/python3", "-c", code, path, *more]
+    return kubectl("exec", meta["name"], "-n", meta["namespace"], *python, check=check)
 
 
 def state(pod):
@@ -27,7 +28,8 @@ def state(pod):
 
 
 def start(namespace, name="tiny", container=None, replicas=1):
-    kube.apply(kube.deployment(name, namespace, "snap", {**TINY, **(container or {})}, replicas))
+    value = kube.deployment(name, namespace, "snap", {**TINY, **(container or {})}, replicas)
+    kube.apply(kube.of_placeholders(value))
     return kube.ready_pods(namespace, f"app={name}", replicas)
 
 
@@ -47,10 +49,6 @@ def captured(agent, namespace):
     return source
 
 
-def restored_of(pods, source):
-    return [p for p in pods if p["metadata"]["uid"] != source["metadata"]["uid"]]
-
-
 def test_a_deployment_starts_cold_once_and_is_restored_from_then_on(captured, namespace):
     source = captured
     before = state(source)
@@ -58,7 +56,7 @@ def test_a_deployment_starts_cold_once_and_is_restored_from_then_on(captured, na
     found = kube.get("snapshot", "snap", namespace)["status"]
     assert found["oracle"] is True and found["nodes"] == [kube.NODE] and found["logicalBytes"] > 32 << 20
     pods = scale(namespace, 5)
-    replicas = restored_of(pods, source)
+    replicas = kube.not_of(pods, source)
     assert len(replicas) == 4
     assert {kube.gate_reason(p) for p in replicas} == {"Restored"}
     for pod in replicas:
@@ -117,7 +115,7 @@ def test_what_the_worker_wrote_and_removed_is_so_again(agent, namespace):
     ask(source, "/write", {"path": "/root/note", "text": "in the image's folder"})
     kubectl("exec", source["metadata"]["name"], "-n", namespace, "--", "rm", "/usr/lib/python3.11/this.py")
     assert kube.capture("snap", namespace, source, TINY_WORKER)["status"]["phase"] == "Ready"
-    (pod,) = restored_of(scale(namespace, 2), source)
+    (pod,) = kube.not_of(scale(namespace, 2), source)
     assert kube.gate_reason(pod) == "Restored"
     assert json.loads(ask(pod, "/read?path=/tmp/note"))["text"] == "before"
     assert json.loads(ask(pod, "/read?path=/root/note"))["text"] == "in the image's folder"
@@ -137,7 +135,7 @@ def test_a_file_that_changed_since_refuses_the_restore_and_the_pod_starts_cold(c
     volume = {"name": "v", "hostPath": {"path": "/etc/passwd", "type": "File"}}
     mounts = [{"name": "v", "mountPath": library}]
     sleeper = {"image": "localhost/tiny:1", "command": ["/bin/busybox", "sleep", "1000"], "volumeMounts": mounts}
-    kube.apply(kube.deployment("other", namespace, "snap", sleeper, 1, [volume]))
+    kube.apply(kube.of_placeholders(kube.deployment("other", namespace, "snap", sleeper, 1, [volume])))
     (pod,) = kube.ready_pods(namespace, "app=other", 1)
     assert kube.gate_reason(pod) == "ColdStarted"
     event = kube.until(
@@ -147,7 +145,7 @@ def test_a_file_that_changed_since_refuses_the_restore_and_the_pod_starts_cold(c
 
 
 def test_a_deleted_snapshot_leaves_replicas_running_and_new_pods_start_cold(captured, namespace):
-    (replica,) = restored_of(scale(namespace, 2), captured)
+    (replica,) = kube.not_of(scale(namespace, 2), captured)
     kubectl("delete", "snapshot", "snap", "-n", namespace)
     pods = scale(namespace, 3)
     reasons = sorted(kube.gate_reason(p) for p in pods)
@@ -156,17 +154,15 @@ def test_a_deleted_snapshot_leaves_replicas_running_and_new_pods_start_cold(capt
 
 
 def test_a_damaged_snapshot_costs_a_cold_start(captured, namespace, agent):
-    memory = next((agent._home / "cache" / "snapshots" / f"k8s.{namespace}.snap").glob("images/core-*.img"))
+    memory = next((agent.home / "cache" / "snapshots" / f"k8s.{namespace}.snap").glob("images/core-*.img"))
     memory.write_bytes(b"damaged" + memory.read_bytes()[7:])
-    (pod,) = restored_of(scale(namespace, 2), captured)
+    (pod,) = kube.not_of(scale(namespace, 2), captured)
     assert kube.gate_reason(pod) == "ColdStarted"
     assert state(pod)["counter"] == 0
 
 
 def test_a_pod_of_a_warm_pool_waits_for_its_claim(captured, namespace):
-    value = kube.deployment("pool", namespace, "snap", TINY)
-    value["spec"]["template"]["metadata"]["labels"][f"{GROUP}/warmpool"] = "pool"
-    kube.apply(value)
+    kube.apply(kube.of_placeholders(kube.deployment("pool", namespace, "snap", TINY), **{f"{GROUP}/warmpool": "pool"}))
 
     def running():
         pods = [p for p in kube.listed("pods", namespace, "app=pool") if p["status"]["phase"] == "Running"]
