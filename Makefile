@@ -12,7 +12,7 @@ NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
 .PHONY: help setup engine demo test quick-tests workers deploy-tests engine-tests program-tests test-gpu test-long test-cluster
-.PHONY: check lint format deploy bench bench-restore bench-store bench-gateway bench-serve bench-codecs figures clean
+.PHONY: check lint format deploy bench bench-restore bench-store bench-gateway bench-serve bench-pods bench-codecs figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -136,6 +136,11 @@ bench-gateway: compiled ## the gateway next to the server behind it and to other
 bench-serve: compiled ## a burst of 100 requests to a model with no replica, restored and started cold; out/bench
 	scripts/install-engine transformers
 	$(BIN)/python -m bench.serve
+
+bench-pods: compiled .k8s/.set-up ## pods of a real Kubernetes: cold, restored, claimed; out/bench
+	scripts/install-engine torch
+	scripts/install-engine transformers
+	scripts/cluster run $(BIN)/python -m bench.pods
 
 bench-codecs: compiled ## what codecs make of weights; out/bench
 	scripts/install-engine transformers
