@@ -11,8 +11,8 @@ K8S := .k8s/bin
 NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
-.PHONY: help setup engine demo test quick-tests workers deploy-tests engine-tests program-tests test-gpu test-long test-cluster
-.PHONY: check lint format deploy bench bench-restore bench-store bench-gateway bench-serve bench-pods bench-codecs figures clean
+.PHONY: help setup engine demo test quick-tests workers deploy-tests test-gpu test-long test-cluster check lint format deploy
+.PHONY: bench bench-restore bench-store bench-gateway bench-serve bench-pods bench-codecs figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,14 +43,11 @@ engine: setup
 demo: compiled engine ## a real language model: cold start, snapshot, plain CRIU, four replicas
 	scripts/demo $(ENGINE)
 
-# Two things at a time, the output of each in one piece: beside the tests that need no CRIU what the others need is installed. At the
-# end conformance, which does two things at a time itself and looks at what is left on the whole machine.
-SIDE_BY_SIDE = $(MAKE) --no-print-directory --jobs=2 --output-sync=target
-CONFORMANCE := tests/engine/test_conformance.py
+# Installing and the tests that need no CRIU go on side by side, the output of each in one piece; then real workers have the
+# machine to themselves.
 test: ## all tests but the long ones
-	$(SIDE_BY_SIDE) quick-tests workers deploy-tests
-	$(SIDE_BY_SIDE) engine-tests program-tests
-	$(BIN)/pytest $(CONFORMANCE)
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-tests workers deploy-tests
+	$(BIN)/pytest -m "not long and (criu or engine)" --ignore tests/cluster
 
 quick-tests: compiled
 	scripts/install-packages chromium fonts-dejavu-core libjemalloc2
@@ -63,12 +60,6 @@ quick-tests: compiled
 workers: compiled
 	scripts/install-engine transformers
 	scripts/install-programs
-
-engine-tests:
-	$(BIN)/pytest -m "not long and (criu or engine)" tests/engine --ignore $(CONFORMANCE)
-
-program-tests:
-	$(BIN)/pytest -m "not long and (criu or engine)" --ignore tests/cluster --ignore tests/engine
 
 deploy-tests: .k8s/.set-up
 	$(K8S)/pytest deploy/tests --ignore-glob "*/test_on_a*"
