@@ -93,7 +93,10 @@ def until(condition):
 
 
 def _command(pid):
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return None
 
 
 def _waits_in_open(pid):
