@@ -12,7 +12,7 @@ NATIVE := $(wildcard src/hotstart/native/*.c src/hotstart/native/*.h)
 ENGINE ?= vllm
 
 .PHONY: help setup engine demo test quick-tests workers deploy-tests test-gpu test-long test-cluster check lint format deploy
-.PHONY: bench bench-restore bench-store bench-gateway bench-serve bench-pods bench-codecs figures clean
+.PHONY: bench bench-restore bench-store bench-gateway bench-serve bench-pods bench-codecs bench-kvcache figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,10 +43,9 @@ engine: setup
 demo: compiled engine ## a real language model: cold start, snapshot, plain CRIU, four replicas
 	scripts/demo $(ENGINE)
 
-# Installing and the tests that need no CRIU go on side by side, the output of each in one piece; then real workers have the
-# machine to themselves.
+# Installing and the tests that need no CRIU go on side by side; then real workers have the machine to themselves.
 test: ## all tests but the long ones
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-tests workers deploy-tests
+	$(MAKE) --no-print-directory --jobs=2 quick-tests workers deploy-tests
 	$(BIN)/pytest -m "not long and (criu or engine)" --ignore tests/cluster
 
 quick-tests: compiled
@@ -109,7 +108,7 @@ format: .tools/.set-up ## rewrite the code as the formatter wants it
 	$(TOOLS)/ruff format src tests bench deploy build_native.py
 	$(TOOLS)/ruff check --fix src tests bench deploy build_native.py
 
-bench: demo bench-restore bench-store bench-gateway bench-serve bench-codecs figures ## all that is measured, and the figures of docs/benchmarks.md
+bench: demo bench-restore bench-store bench-gateway bench-serve bench-codecs bench-kvcache figures ## all that is measured, and the figures of docs/benchmarks.md
 
 bench-restore: compiled ## cold start, plain CRIU, lazy pages and Hotstart for several sizes; out/bench
 	scripts/install-engine torch
@@ -136,6 +135,10 @@ bench-pods: compiled .k8s/.set-up ## pods of a real Kubernetes: cold, restored, 
 bench-codecs: compiled ## what codecs make of weights; out/bench
 	scripts/install-engine transformers
 	$(BIN)/python -m bench.codecs
+
+bench-kvcache: compiled ## a snapshot of vLLM with its KV cache filled and with that dropped; out/bench
+	scripts/install-engine vllm
+	$(BIN)/python -m bench.kvcache
 
 figures: setup ## docs/benchmarks.md from what was measured last
 	$(BIN)/python -m bench.report --take
