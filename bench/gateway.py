@@ -1,6 +1,6 @@
 """What the gateway costs: each request beside the same server called directly and beside other libraries, tokens, memory.
 
-    python -m bench.gateway [--seconds 20] [--rates 200,400] [--million]
+    python -m bench.gateway [--seconds 5] [--rounds 5] [--rates 200,400] [--million]
 
 Needs wrk. Other libraries are put into an environment of their own (.engines/gateway-peers). Writes out/bench/gateway.json and prints
 the tables; docs/benchmarks.md says how it is measured.
@@ -20,14 +20,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import NamedTemporaryFile
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from msgspec import json
+from msgspec import json, structs
 
 from bench.gateway_peers import KINDS
 from bench.gatewayfigures import DIRECT, OURS, GatewayFigures, Latency, Memory, Parsing, Streaming, targets_of_gateway
@@ -46,6 +46,7 @@ ANSWER = b'{"id":"chatcmpl-1","object":"chat.completion","choices":[{"message":{
 TOKEN_GAP_S = 0.02
 STREAMS = 20
 TOKENS = 100
+_Figures = TypeVar("_Figures", Latency, Streaming)
 
 WRK = """
 wrk.method = "POST"
@@ -332,34 +333,41 @@ def peers_python() -> str:
     return str(python)
 
 
-def measure(seconds: float, rates: list[int], *, million: bool) -> GatewayFigures:
-    """Run everything, in turn."""
-    python, latencies, streaming = peers_python(), [], []
+def measure(seconds: float, rates: list[int], rounds: int, *, million: bool) -> GatewayFigures:
+    """Run everything, in turn: a round has each load of each server once."""
+    python = peers_python()
     machine = f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, load before: {os.getloadavg()[0]:.1f}"
     memory = None
     with ExitStack() as stack:
         upstream = free_port()
         stack.enter_context(process(sys.executable, "-m", "bench.gateway", "--upstream", str(upstream), port=upstream))
-        servers: list[tuple[str, list[str] | None]] = [
-            (DIRECT, None),
+        commands: list[tuple[str, list[str]]] = [
             (OURS, [sys.executable, "-m", "bench.gateway", "--gateway"]),
             ("hotstart on uvloop", [python, "-m", "bench.gateway", "--uvloop", "--gateway"]),
             *((kind, [python, "-m", "bench.gateway_peers", kind]) for kind in KINDS),
         ]
-        for who, command in servers:
-            port = free_port() if command else upstream
-            with process(*command, str(port), str(upstream), port=port) if command else contextlib.nullcontext() as pid:
-                load(who, port, pid, 0, 2)
-                found = [load(who, port, pid, rate, seconds) for rate in rates] + [
-                    load(who, port, pid, 0, seconds / 2, 32)
-                ]
-                latencies += found
-                for one in found:
-                    print(json.encode(one).decode(), flush=True)
+        servers: list[tuple[str, int, int | None]] = [(DIRECT, upstream, None)]
+        for who, command in commands:
+            port = free_port()
+            pid = stack.enter_context(process(*command, str(port), str(upstream), port=port))
+            servers.append((who, port, pid))
+        for who, port, pid in servers:
+            load(who, port, pid, 0, 2)
+        found: dict[tuple[str, int], list[Latency]] = {}
+        streams: dict[str, list[Streaming]] = {}
+        for number in range(1, rounds + 1):
+            print(f"round {number} of {rounds} ...", file=sys.stderr, flush=True)
+            for who, port, pid in servers:
+                for rate in (*rates, 0):
+                    one = load(who, port, pid, rate, seconds, CONNECTIONS if rate else 32)
+                    found.setdefault((who, rate), []).append(one)
                 if who in (DIRECT, OURS):
-                    streaming.append(stream(who, port))
-                if who == OURS and million:
-                    memory = remember(port, pid, 1_000_000)
+                    streams.setdefault(who, []).append(stream(who, port))
+        if million:
+            _, port, pid = servers[1]
+            assert pid
+            memory = remember(port, pid, 1_000_000)
+    latencies, streaming = list(map(_median_of, found.values())), list(map(_median_of, streams.values()))
     parsing = subprocess.run(
         [python, "-m", "bench.gateway", "--parsing"],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}, cwd=ROOT, check=True, capture_output=True,
@@ -368,10 +376,24 @@ def measure(seconds: float, rates: list[int], *, million: bool) -> GatewayFigure
     return GatewayFigures(machine, latencies, json.decode(parsing, type=list[Parsing]), streaming, memory, targets)
 
 
+def _median_of(rounds: Sequence[_Figures]) -> _Figures:
+    """Return the median of each number, on its own."""
+    values = [structs.asdict(one) for one in rounds]
+    return structs.replace(
+        rounds[0],
+        **{
+            name: median(v[name] for v in values)
+            for name, value in values[0].items()
+            if isinstance(value, (int, float)) and name not in ("wanted_rate", "streams")
+        },
+    )
+
+
 def main() -> None:
     """Measure, or be one of the processes that are measured."""
     parser = argparse.ArgumentParser(prog="bench.gateway")
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--seconds", type=float, default=5, help="of each load in each round")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rates", default="200,400")
     parser.add_argument("--million", action="store_true", help="also ask a million times and watch memory")
     parser.add_argument("--upstream", type=int, help=argparse.SUPPRESS)
@@ -393,7 +415,9 @@ def main() -> None:
             sys.exit("bench.gateway: wrk is missing: apt-get install wrk")
         from bench import report  # not by the peers' interpreter
 
-        figures = measure(options.seconds, [int(r) for r in options.rates.split(",")], million=options.million)
+        figures = measure(
+            options.seconds, [int(r) for r in options.rates.split(",")], options.rounds, million=options.million
+        )
         OUT.mkdir(parents=True, exist_ok=True)
         (OUT / "gateway.json").write_bytes(json.format(json.encode(figures), indent=1))
         report.print_blocks(report.gateway_blocks(figures))
