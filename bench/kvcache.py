@@ -2,9 +2,8 @@
 
     python -m bench.kvcache [--prompts 8] [--rounds 5]
 
-A vLLM is started (examples/vllm), its KV cache is filled by long prompts that have no beginning in common, and two snapshots are taken of
-this process, one after the other: as it is, and with the KV cache dropped. Each is stored on its own and restored some times with a
-warm page cache. Writes out/bench/kvcache.json; sizes are those of `snapshot inspect`, times those of `restore`.
+A vLLM is started (examples/vllm), its KV cache is filled by long prompts that have no beginning in common, and a snapshot is taken of it as it
+is; then the same once more, with the KV cache dropped. Each has a store of its own. They are restored in turn, with a warm page cache. Writes out/bench/kvcache.json; sizes are those of `snapshot inspect`, times those of `restore`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ EXAMPLE = ROOT / "examples" / "vllm"
 HOTSTART = str(ROOT / ".venv" / "bin" / "hotstart")
 PROMPT_TOKENS = 1400
 WORKER = "kvcache"
-WAYS = {"kept": ("--keep",), "dropped": ("--quiesce", str(EXAMPLE / "quiesce.jsonl"))}
+WAYS: dict[str, tuple[str, ...]] = {"kept": (), "dropped": ("--quiesce", str(EXAMPLE / "quiesce.jsonl"))}
 
 
 class KvCache(Struct, frozen=True):
@@ -54,10 +53,11 @@ class KvCacheFigures(Struct, frozen=True):
     snapshots: Sequence[KvCache]
 
 
-def hotstart(*arguments: str, environment: Mapping[str, str] | None = None) -> Any:
-    """Run a command and return what it says."""
+def hotstart(home: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
+    """Run a command with a home of its own and return what it says."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     line = [HOTSTART, *arguments[:at], "--json", *arguments[at:]]
+    environment = {**os.environ, **(environment or {}), "HOTSTART_HOME": home}
     return json.decode(subprocess.run(line, check=True, stdout=subprocess.PIPE, env=environment).stdout)
 
 
@@ -75,15 +75,11 @@ def fill(address: str, prompts: int) -> int:
     return used
 
 
-def start(cache: str) -> str:
+def start(home: str, cache: str) -> str:
     """Start a vLLM that can be told to drop its KV cache; returns its address."""
-    environment = {
-        **os.environ,
-        "HOTSTART_EXAMPLE_CACHE": cache,
-        "VLLM_SERVER_DEV_MODE": "1",
-        "PYTHONPATH": str(ROOT / "src"),
-    }
+    environment = {"HOTSTART_EXAMPLE_CACHE": cache, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ROOT / "src")}
     return hotstart(
+        home,
         "run", WORKER, "--port", "8000", "--ready-url", "http://127.0.0.1:8000/health", "--ready-timeout", "1200",
         "--publish", "0", "--writable", cache,
         "--", str(EXAMPLE / "serve"), "--worker-extension-cls", "hotstart.worker.vllm.WorkerExtension",
@@ -91,40 +87,58 @@ def start(cache: str) -> str:
     )["address"]  # fmt: skip
 
 
-def measure(how: str, options: Sequence[str], tokens: int, rounds: int) -> KvCache:
-    """Take a snapshot of the worker and restore it. It is removed again, or the next one would share its chunks."""
-    name = f"{WORKER}-{how}"
-    taken = hotstart(
-        "snapshot", "create", name, "--from", WORKER, "--wait-stored", "--warmup", str(EXAMPLE / "warmup.jsonl"),
-        "--oracle-ignore", "id,created", *options
-    )  # fmt: skip
+def capture(home: str, cache: str, options: Sequence[str], prompts: int) -> tuple[int, float, Mapping[str, int]]:
+    """Start a worker, fill its KV cache, take a snapshot, which ends it: tokens in the cache, how long it stood still, sizes."""
     try:
-        sizes = hotstart("snapshot", "inspect", name)["sizes"]
-        found = [restored(name) for _ in range(rounds)]
-    finally:
-        subprocess.run([HOTSTART, "snapshot", "rm", name], check=True)
-    resumed, answered = zip(*found, strict=True)
-    return KvCache(
-        how,
-        tokens,
-        sizes["logical_bytes"],
-        sizes["data_bytes"],
-        sizes["stored_bytes"],
-        taken["frozen_s"],
-        statistics.median(resumed),
-        statistics.median(answered),
-        resumed,
-        answered,
-    )
+        tokens = fill(start(home, cache), prompts)
+        taken = hotstart(
+            home,
+            "snapshot", "create", WORKER, "--from", WORKER, "--wait-stored", "--warmup", str(EXAMPLE / "warmup.jsonl"),
+            "--oracle-ignore", "id,created", *options
+        )  # fmt: skip
+    except BaseException:
+        subprocess.run([HOTSTART, "rm", "--force", WORKER], check=False, env={**os.environ, "HOTSTART_HOME": home})
+        raise
+    return tokens, taken["frozen_s"], hotstart(home, "snapshot", "inspect", WORKER)["sizes"]
 
 
-def restored(name: str) -> tuple[float, float]:
+def restored(home: str) -> tuple[float, float]:
     """Restore one replica and end it: seconds until it was resumed, and until it answered as the worker had."""
-    (replica,) = hotstart("restore", name)["replicas"]
-    subprocess.run([HOTSTART, "rm", "--force", replica["name"]], check=True)
+    (replica,) = hotstart(home, "restore", WORKER)["replicas"]
+    subprocess.run([HOTSTART, "rm", "--force", replica["name"]], check=True, env={**os.environ, "HOTSTART_HOME": home})
     if not replica["oracle_ok"]:
-        raise AssertionError(f"a replica of {name} answered otherwise")
+        raise AssertionError(f"a replica answered otherwise ({home})")
     return replica["resumed_s"], replica["first_answer_s"]
+
+
+def measure(folder: str, prompts: int, rounds: int) -> list[KvCache]:
+    """Take both snapshots, then restore them in turn."""
+    captured, cache = {}, os.path.join(folder, "vllm")
+    os.mkdir(cache)
+    for how, options in WAYS.items():
+        captured[how] = capture(os.path.join(folder, how), cache, options, prompts)
+    taken: dict[str, list[tuple[float, float]]] = {how: [] for how in WAYS}
+    for _ in range(rounds):
+        for how, found in taken.items():
+            found.append(restored(os.path.join(folder, how)))
+    rows = []
+    for how, (tokens, frozen_s, sizes) in captured.items():
+        resumed, answered = zip(*taken[how], strict=True)
+        rows.append(
+            KvCache(
+                how,
+                tokens,
+                sizes["logical_bytes"],
+                sizes["data_bytes"],
+                sizes["stored_bytes"],
+                frozen_s,
+                statistics.median(resumed),
+                statistics.median(answered),
+                resumed,
+                answered,
+            )
+        )
+    return rows
 
 
 def main() -> int:
@@ -134,16 +148,12 @@ def main() -> int:
     p.add_argument("--rounds", type=int, default=5)
     options = p.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=OUT, prefix="kvcache-") as cache:
-        address = start(cache)
-        try:
-            tokens = fill(address, options.prompts)
-            found = [measure(how, way, tokens, options.rounds) for how, way in WAYS.items()]
-        finally:
-            subprocess.run([HOTSTART, "rm", "--force", WORKER], check=False)
+    with tempfile.TemporaryDirectory(dir=OUT, prefix="kvcache-") as folder:
+        found = measure(folder, options.prompts, options.rounds)
     figures = KvCacheFigures(os.cpu_count() or 1, os.getloadavg()[2], found)
     (OUT / "kvcache.json").write_bytes(json.format(json.encode(figures)) + b"\n")
-    print(json.format(json.encode(figures)).decode())
+    for row in found:
+        print(json.encode(row).decode())
     return 0
 
 

@@ -20,6 +20,7 @@ from msgspec import Struct, json
 from bench.codecs import CodecFigures, OnData
 from bench.figures import COLD, COLD_START, COMMAND, LAZY, OURS, PLAIN, S3, WARM, Cell, RestoreFigures, Size, Target
 from bench.gatewayfigures import GatewayFigures
+from bench.kvcache import KvCacheFigures
 from bench.storefigures import StoreFigures
 from hotstart.api.comparing import Comparison
 from hotstart.cli.common import print_table, seconds, size
@@ -33,6 +34,7 @@ SOURCES = {
     "demo": ROOT / "out" / "demo.json",
     "gateway": ROOT / "out" / "bench" / "gateway.json",
     "codecs": ROOT / "out" / "bench" / "codecs.json",
+    "kvcache": ROOT / "out" / "bench" / "kvcache.json",
 }
 _SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _METHODS = (COLD_START, PLAIN, LAZY, OURS, COMMAND)
@@ -400,6 +402,28 @@ def codec_blocks(f: CodecFigures) -> list[Table]:
     ]
 
 
+# ---- a KV cache in a snapshot
+
+
+def kv_cache_blocks(f: KvCacheFigures) -> list[Table]:
+    """Turn what a KV cache costs into a table: ways downwards."""
+    (tokens,) = {s.prompt_tokens for s in f.snapshots}
+    header = ("KV cache", "resident", "data", "stored", "stood still", "resumed", "first answer")
+    rows = [
+        (
+            s.how,
+            size(s.logical_bytes),
+            size(s.data_bytes),
+            size(s.stored_bytes),
+            seconds(s.frozen_s),
+            seconds(s.resumed_s),
+            seconds(s.first_answer_s),
+        )
+        for s in f.snapshots
+    ]
+    return [Table(f"vLLM with {tokens} tokens in its KV cache, {f.cores} cores, page cache warm:", header, rows)]
+
+
 # ---- the document
 
 
@@ -410,6 +434,7 @@ def _blocks_of(name: str, data: bytes) -> list[Table]:
         "demo": (Comparison, demo_blocks),
         "gateway": (GatewayFigures, gateway_blocks),
         "codecs": (CodecFigures, codec_blocks),
+        "kvcache": (KvCacheFigures, kv_cache_blocks),
     }
     kind, blocks = kinds[name]
     return blocks(json.decode(data, type=kind))
