@@ -320,6 +320,18 @@ def test_many_may_seal_at_once(tmp_path):
     opened(tmp_path).check()
 
 
+def test_many_may_digest_at_once(tmp_path):
+    for _ in range(20):
+        make_local(tmp_path, digested=False)
+        behind = [opened(tmp_path) for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(local.digest_memory, lambda _: None) for local in behind]:
+                done.result()
+        assert len({local.digest() for local in [*behind, opened(tmp_path)]}) == 1
+        opened(tmp_path).check()
+        LocalSnapshots(str(tmp_path)).remove("llm-1")
+
+
 def test_an_interrupted_digesting_is_quiet_and_leaves_a_good_snapshot(tmp_path):
     local = make_local(tmp_path, digested=False)
 

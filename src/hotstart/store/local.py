@@ -40,6 +40,7 @@ SEALS = "seals.json"
 MAKING, STORING, STREAM = ".lock", ".storing", ".stream"
 USES = ".uses"
 PULLED = ".pulled"
+DIGESTING = ".digesting"  # held by who digests memory files and then replaces the manifest
 TRIAL_IMAGES = (
     ".trial-images"  # CRIU's, while what a replica touches is found out; under the lock of who makes a snapshot
 )
@@ -230,8 +231,17 @@ class LocalSnapshot(Struct):
         """Digest the memory files on the disk and write their indexes. Only seals vouched until now.
 
         What weight files have, too, are chunks of its own. Of the rest no chunk has both what is in the working set and what is
-        not: else all of it would have to come before the first answer.
+        not: else all of it would have to come before the first answer. If somebody else is at it, that is waited for, and done.
         """
+        with open(os.open(self.path(DIGESTING), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with open(self.path(MANIFEST), "rb") as f:
+                self.document = f.read()
+            self.manifest = parse_manifest(self.document)
+            if not self.digested:
+                self._digest_memory(progress, working_set)
+
+    def _digest_memory(self, progress: Progress, working_set: WorkingSet | None) -> None:
         self.spill()
         former = self.digest()
         indexes: dict[str, list[Extent]] = {}
