@@ -25,7 +25,7 @@ $(VENV)/.packages: scripts/install-packages
 
 $(VENV)/.set-up: $(VENV)/.packages pyproject.toml build_native.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[agent,cuda,plots,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[agent,cuda,plots,serve,test]'
 	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes typing_extensions
 	@touch $@
 

@@ -31,6 +31,7 @@ from msgspec import json, structs
 
 from bench.gateway_peers import KINDS
 from bench.gatewayfigures import DIRECT, OURS, GatewayFigures, Latency, Memory, Parsing, Streaming, targets_of_gateway
+from hotstart.serve import loop
 from hotstart.serve.gateway import Gateway
 from hotstart.serve.http1 import chunk, parse_answer, parse_request, write_head
 from hotstart.serve.port import Outlook, Replica
@@ -343,7 +344,7 @@ def measure(seconds: float, rates: list[int], rounds: int, *, million: bool) -> 
         stack.enter_context(process(sys.executable, "-m", "bench.gateway", "--upstream", str(upstream), port=upstream))
         commands: list[tuple[str, list[str]]] = [
             (OURS, [sys.executable, "-m", "bench.gateway", "--gateway"]),
-            ("hotstart on uvloop", [python, "-m", "bench.gateway", "--uvloop", "--gateway"]),
+            ("hotstart without uvloop", [sys.executable, "-m", "bench.gateway", "--asyncio", "--gateway"]),
             *((kind, [python, "-m", "bench.gateway_peers", kind]) for kind in KINDS),
         ]
         servers: list[tuple[str, int, int | None]] = [(DIRECT, upstream, None)]
@@ -398,18 +399,17 @@ def main() -> None:
     parser.add_argument("--million", action="store_true", help="also ask a million times and watch memory")
     parser.add_argument("--upstream", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--gateway", type=int, nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--uvloop", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--asyncio", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--parsing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.parsing:
         print(json.encode(parse_cost()).decode())
     elif options.upstream or options.gateway:
-        if options.uvloop:
-            import uvloop
-
-            uvloop.install()
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_serve_upstream(options.upstream) if options.upstream else _serve_gateway(*options.gateway))
+            if options.upstream:
+                asyncio.run(_serve_upstream(options.upstream))
+            else:
+                (asyncio.run if options.asyncio else loop.run)(_serve_gateway(*options.gateway))
     else:
         if not shutil.which("wrk"):
             sys.exit("bench.gateway: wrk is missing: apt-get install wrk")

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import h11
 from msgspec import Struct, field, json
 
+from hotstart.serve import loop
 from hotstart.serve.gateway import Gateway
 from hotstart.serve.port import Outlook, Replica, Served
 from hotstart.serve.settings import GatewaySettings, ModelSettings
@@ -440,6 +441,6 @@ def on_loop(test):
 
     @functools.wraps(test)
     def run(*args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 4 * PATIENCE_S))
+        loop.run(asyncio.wait_for(test(*args, **kwargs), 4 * PATIENCE_S))
 
     return run

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from hotstart.serve import loop
 from hotstart.serve.config import parse_config
 from hotstart.serve.events import Events
 from hotstart.serve.gateway import Gateway
@@ -45,7 +46,7 @@ class Story:
         self.launcher = MemoryLauncher()
         self.pool = self.address = None
         self._up, self._end = threading.Event(), None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._thread = threading.Thread(target=lambda: loop.run(self._serve()))
         self._thread.start()
         assert self._up.wait(30)
 

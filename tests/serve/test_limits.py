@@ -241,11 +241,13 @@ async def test_the_gateway_listens_on_loopback_unless_it_is_told_otherwise():
         assert [sock.getsockname()[0] for sock in s.gateway._server.sockets] == ["127.0.0.1"]
 
 
-@on_loop
-async def test_a_connection_that_has_ended_leaves_nothing_behind():
-    async with workers() as [worker], stage(CHAT) as s:
-        s.pool.add(worker)
-        for _ in range(100):
-            assert (await told(s, request("GET", "/m/x", [("connection", "close")]))).status == 200
-        pending = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]
-        assert len(pending) < 20 and not s.gateway._clients
+def test_a_connection_that_has_ended_leaves_nothing_behind():
+    async def story():
+        async with workers() as [worker], stage(CHAT) as s:
+            s.pool.add(worker)
+            for _ in range(100):
+                assert (await told(s, request("GET", "/m/x", [("connection", "close")]))).status == 200
+            pending = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]
+            assert len(pending) < 20 and not s.gateway._clients
+
+    asyncio.run(story())  # whose loop tells what it has planned

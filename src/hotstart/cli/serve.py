@@ -8,8 +8,6 @@ from hotstart.serve.config import load_config
 
 def main(arguments: list[str], _entered: float) -> int:
     """Serve the models of a configuration file until SIGTERM or SIGINT; SIGHUP reads the file again."""
-    import asyncio
-
     p = parser("serve", "Serve models: from zero replicas to many and back, by restoring instead of starting.")
     p.add_argument("config", metavar="CONFIG.toml")
     p.add_argument("--check", action="store_true", help="only say whether the configuration is valid")
@@ -24,6 +22,7 @@ def main(arguments: list[str], _entered: float) -> int:
 
     from hotstart.api.serving import Server
     from hotstart.cli.snapshot_store import push_rest_in_background
+    from hotstart.serve.loop import run
 
     def started(address: tuple[str, int]) -> None:
         host, port = address
@@ -36,5 +35,5 @@ def main(arguments: list[str], _entered: float) -> int:
     async def serve() -> None:
         await Server(open_hotstart(), options.config, push_rest_in_background).run(started)
 
-    asyncio.run(serve())
+    run(serve())
     return 0
