@@ -378,16 +378,12 @@ def measure(seconds: float, rates: list[int], rounds: int, *, million: bool) -> 
 
 
 def _median_of(rounds: Sequence[_Figures]) -> _Figures:
-    """Return the median of each number, on its own."""
+    """Return the median of each number, on its own; requests that failed are added up."""
     values = [structs.asdict(one) for one in rounds]
-    return structs.replace(
-        rounds[0],
-        **{
-            name: median(v[name] for v in values)
-            for name, value in values[0].items()
-            if isinstance(value, (int, float)) and name not in ("wanted_rate", "streams")
-        },
-    )
+    found = {n: median(v[n] for v in values) for n, value in values[0].items() if isinstance(value, float)}
+    if "failed" in values[0]:
+        found["failed"] = sum(v["failed"] for v in values)
+    return structs.replace(rounds[0], **found)
 
 
 def main() -> None:
